@@ -189,6 +189,82 @@ func (CryptoChange_Kind) EnumDescriptor() ([]byte, []int) {
 	return file_internal_hostapi_hostapi_proto_rawDescGZIP(), []int{29, 0}
 }
 
+type Fault_Kind int32
+
+const (
+	Fault_UNKNOWN           Fault_Kind = 0
+	Fault_MISSING_KEYS      Fault_Kind = 1 // the cache lacks keys
+	Fault_TAMPERED          Fault_Kind = 2 // a file is not what its MAC, bundle or center says
+	Fault_IN_USE            Fault_Kind = 3 // another process holds the extent's lock
+	Fault_NO_SPACE          Fault_Kind = 4 // nothing is lost; free space and repeat
+	Fault_WRONG_POWER_STATE Fault_Kind = 5
+	Fault_NOT_FOUND         Fault_Kind = 6
+	Fault_EXISTS            Fault_Kind = 7
+	Fault_NOT_SUPPORTED     Fault_Kind = 8 // valid, but this version or this host cannot
+	Fault_INVALID           Fault_Kind = 9 // the request contradicts itself or the VM
+	Fault_STALE_TERM        Fault_Kind = 10
+	Fault_BUSY              Fault_Kind = 11 // another operation runs on this VM
+)
+
+// Enum value maps for Fault_Kind.
+var (
+	Fault_Kind_name = map[int32]string{
+		0:  "UNKNOWN",
+		1:  "MISSING_KEYS",
+		2:  "TAMPERED",
+		3:  "IN_USE",
+		4:  "NO_SPACE",
+		5:  "WRONG_POWER_STATE",
+		6:  "NOT_FOUND",
+		7:  "EXISTS",
+		8:  "NOT_SUPPORTED",
+		9:  "INVALID",
+		10: "STALE_TERM",
+		11: "BUSY",
+	}
+	Fault_Kind_value = map[string]int32{
+		"UNKNOWN":           0,
+		"MISSING_KEYS":      1,
+		"TAMPERED":          2,
+		"IN_USE":            3,
+		"NO_SPACE":          4,
+		"WRONG_POWER_STATE": 5,
+		"NOT_FOUND":         6,
+		"EXISTS":            7,
+		"NOT_SUPPORTED":     8,
+		"INVALID":           9,
+		"STALE_TERM":        10,
+		"BUSY":              11,
+	}
+)
+
+func (x Fault_Kind) Enum() *Fault_Kind {
+	p := new(Fault_Kind)
+	*p = x
+	return p
+}
+
+func (x Fault_Kind) String() string {
+	return protoimpl.X.EnumStringOf(x.Descriptor(), protoreflect.EnumNumber(x))
+}
+
+func (Fault_Kind) Descriptor() protoreflect.EnumDescriptor {
+	return file_internal_hostapi_hostapi_proto_enumTypes[3].Descriptor()
+}
+
+func (Fault_Kind) Type() protoreflect.EnumType {
+	return &file_internal_hostapi_hostapi_proto_enumTypes[3]
+}
+
+func (x Fault_Kind) Number() protoreflect.EnumNumber {
+	return protoreflect.EnumNumber(x)
+}
+
+// Deprecated: Use Fault_Kind.Descriptor instead.
+func (Fault_Kind) EnumDescriptor() ([]byte, []int) {
+	return file_internal_hostapi_hostapi_proto_rawDescGZIP(), []int{49, 0}
+}
+
 type JoinRequest struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	TokenSecret   string                 `protobuf:"bytes,1,opt,name=token_secret,json=tokenSecret,proto3" json:"token_secret,omitempty"` // the secret part of the token; it never says which CA
@@ -2935,6 +3011,112 @@ func (x *OpenRequest) GetRestarted() bool {
 	return false
 }
 
+type VMXCreateRequest struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Vm            *CreateVMRequest       `protobuf:"bytes,1,opt,name=vm,proto3" json:"vm,omitempty"`
+	Keys          []*KEK                 `protobuf:"bytes,2,rep,name=keys,proto3" json:"keys,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *VMXCreateRequest) Reset() {
+	*x = VMXCreateRequest{}
+	mi := &file_internal_hostapi_hostapi_proto_msgTypes[41]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *VMXCreateRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*VMXCreateRequest) ProtoMessage() {}
+
+func (x *VMXCreateRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_internal_hostapi_hostapi_proto_msgTypes[41]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use VMXCreateRequest.ProtoReflect.Descriptor instead.
+func (*VMXCreateRequest) Descriptor() ([]byte, []int) {
+	return file_internal_hostapi_hostapi_proto_rawDescGZIP(), []int{41}
+}
+
+func (x *VMXCreateRequest) GetVm() *CreateVMRequest {
+	if x != nil {
+		return x.Vm
+	}
+	return nil
+}
+
+func (x *VMXCreateRequest) GetKeys() []*KEK {
+	if x != nil {
+		return x.Keys
+	}
+	return nil
+}
+
+// VMXReconfigureRequest is center's request with the KEKs that the change needs,
+// the new ones and those that open what is there.
+type VMXReconfigureRequest struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Change        *ReconfigureVMRequest  `protobuf:"bytes,1,opt,name=change,proto3" json:"change,omitempty"`
+	Keys          []*KEK                 `protobuf:"bytes,2,rep,name=keys,proto3" json:"keys,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *VMXReconfigureRequest) Reset() {
+	*x = VMXReconfigureRequest{}
+	mi := &file_internal_hostapi_hostapi_proto_msgTypes[42]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *VMXReconfigureRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*VMXReconfigureRequest) ProtoMessage() {}
+
+func (x *VMXReconfigureRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_internal_hostapi_hostapi_proto_msgTypes[42]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use VMXReconfigureRequest.ProtoReflect.Descriptor instead.
+func (*VMXReconfigureRequest) Descriptor() ([]byte, []int) {
+	return file_internal_hostapi_hostapi_proto_rawDescGZIP(), []int{42}
+}
+
+func (x *VMXReconfigureRequest) GetChange() *ReconfigureVMRequest {
+	if x != nil {
+		return x.Change
+	}
+	return nil
+}
+
+func (x *VMXReconfigureRequest) GetKeys() []*KEK {
+	if x != nil {
+		return x.Keys
+	}
+	return nil
+}
+
 type StatusRequest struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	unknownFields protoimpl.UnknownFields
@@ -2943,7 +3125,7 @@ type StatusRequest struct {
 
 func (x *StatusRequest) Reset() {
 	*x = StatusRequest{}
-	mi := &file_internal_hostapi_hostapi_proto_msgTypes[41]
+	mi := &file_internal_hostapi_hostapi_proto_msgTypes[43]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2955,7 +3137,7 @@ func (x *StatusRequest) String() string {
 func (*StatusRequest) ProtoMessage() {}
 
 func (x *StatusRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_internal_hostapi_hostapi_proto_msgTypes[41]
+	mi := &file_internal_hostapi_hostapi_proto_msgTypes[43]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2968,7 +3150,7 @@ func (x *StatusRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use StatusRequest.ProtoReflect.Descriptor instead.
 func (*StatusRequest) Descriptor() ([]byte, []int) {
-	return file_internal_hostapi_hostapi_proto_rawDescGZIP(), []int{41}
+	return file_internal_hostapi_hostapi_proto_rawDescGZIP(), []int{43}
 }
 
 type VMXStatus struct {
@@ -2986,7 +3168,7 @@ type VMXStatus struct {
 
 func (x *VMXStatus) Reset() {
 	*x = VMXStatus{}
-	mi := &file_internal_hostapi_hostapi_proto_msgTypes[42]
+	mi := &file_internal_hostapi_hostapi_proto_msgTypes[44]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2998,7 +3180,7 @@ func (x *VMXStatus) String() string {
 func (*VMXStatus) ProtoMessage() {}
 
 func (x *VMXStatus) ProtoReflect() protoreflect.Message {
-	mi := &file_internal_hostapi_hostapi_proto_msgTypes[42]
+	mi := &file_internal_hostapi_hostapi_proto_msgTypes[44]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3011,7 +3193,7 @@ func (x *VMXStatus) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use VMXStatus.ProtoReflect.Descriptor instead.
 func (*VMXStatus) Descriptor() ([]byte, []int) {
-	return file_internal_hostapi_hostapi_proto_rawDescGZIP(), []int{42}
+	return file_internal_hostapi_hostapi_proto_rawDescGZIP(), []int{44}
 }
 
 func (x *VMXStatus) GetUuid() string {
@@ -3073,7 +3255,7 @@ type ServedDisk struct {
 
 func (x *ServedDisk) Reset() {
 	*x = ServedDisk{}
-	mi := &file_internal_hostapi_hostapi_proto_msgTypes[43]
+	mi := &file_internal_hostapi_hostapi_proto_msgTypes[45]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3085,7 +3267,7 @@ func (x *ServedDisk) String() string {
 func (*ServedDisk) ProtoMessage() {}
 
 func (x *ServedDisk) ProtoReflect() protoreflect.Message {
-	mi := &file_internal_hostapi_hostapi_proto_msgTypes[43]
+	mi := &file_internal_hostapi_hostapi_proto_msgTypes[45]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3098,7 +3280,7 @@ func (x *ServedDisk) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ServedDisk.ProtoReflect.Descriptor instead.
 func (*ServedDisk) Descriptor() ([]byte, []int) {
-	return file_internal_hostapi_hostapi_proto_rawDescGZIP(), []int{43}
+	return file_internal_hostapi_hostapi_proto_rawDescGZIP(), []int{45}
 }
 
 func (x *ServedDisk) GetUuid() string {
@@ -3123,7 +3305,7 @@ type KeysRequest struct {
 
 func (x *KeysRequest) Reset() {
 	*x = KeysRequest{}
-	mi := &file_internal_hostapi_hostapi_proto_msgTypes[44]
+	mi := &file_internal_hostapi_hostapi_proto_msgTypes[46]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3135,7 +3317,7 @@ func (x *KeysRequest) String() string {
 func (*KeysRequest) ProtoMessage() {}
 
 func (x *KeysRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_internal_hostapi_hostapi_proto_msgTypes[44]
+	mi := &file_internal_hostapi_hostapi_proto_msgTypes[46]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3148,7 +3330,7 @@ func (x *KeysRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use KeysRequest.ProtoReflect.Descriptor instead.
 func (*KeysRequest) Descriptor() ([]byte, []int) {
-	return file_internal_hostapi_hostapi_proto_rawDescGZIP(), []int{44}
+	return file_internal_hostapi_hostapi_proto_rawDescGZIP(), []int{46}
 }
 
 type CloseRequest struct {
@@ -3159,7 +3341,7 @@ type CloseRequest struct {
 
 func (x *CloseRequest) Reset() {
 	*x = CloseRequest{}
-	mi := &file_internal_hostapi_hostapi_proto_msgTypes[45]
+	mi := &file_internal_hostapi_hostapi_proto_msgTypes[47]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3171,7 +3353,7 @@ func (x *CloseRequest) String() string {
 func (*CloseRequest) ProtoMessage() {}
 
 func (x *CloseRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_internal_hostapi_hostapi_proto_msgTypes[45]
+	mi := &file_internal_hostapi_hostapi_proto_msgTypes[47]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3184,7 +3366,7 @@ func (x *CloseRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use CloseRequest.ProtoReflect.Descriptor instead.
 func (*CloseRequest) Descriptor() ([]byte, []int) {
-	return file_internal_hostapi_hostapi_proto_rawDescGZIP(), []int{45}
+	return file_internal_hostapi_hostapi_proto_rawDescGZIP(), []int{47}
 }
 
 type CloseReply struct {
@@ -3195,7 +3377,7 @@ type CloseReply struct {
 
 func (x *CloseReply) Reset() {
 	*x = CloseReply{}
-	mi := &file_internal_hostapi_hostapi_proto_msgTypes[46]
+	mi := &file_internal_hostapi_hostapi_proto_msgTypes[48]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3207,7 +3389,7 @@ func (x *CloseReply) String() string {
 func (*CloseReply) ProtoMessage() {}
 
 func (x *CloseReply) ProtoReflect() protoreflect.Message {
-	mi := &file_internal_hostapi_hostapi_proto_msgTypes[46]
+	mi := &file_internal_hostapi_hostapi_proto_msgTypes[48]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3220,7 +3402,69 @@ func (x *CloseReply) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use CloseReply.ProtoReflect.Descriptor instead.
 func (*CloseReply) Descriptor() ([]byte, []int) {
-	return file_internal_hostapi_hostapi_proto_rawDescGZIP(), []int{46}
+	return file_internal_hostapi_hostapi_proto_rawDescGZIP(), []int{48}
+}
+
+// Fault is the detail of a gRPC status, for callers that decide on the kind of an
+// error. The status message says it in words.
+type Fault struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Kind          Fault_Kind             `protobuf:"varint,1,opt,name=kind,proto3,enum=mortise.host.v1.Fault_Kind" json:"kind,omitempty"`
+	Missing       []*KeyID               `protobuf:"bytes,2,rep,name=missing,proto3" json:"missing,omitempty"`
+	File          string                 `protobuf:"bytes,3,opt,name=file,proto3" json:"file,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *Fault) Reset() {
+	*x = Fault{}
+	mi := &file_internal_hostapi_hostapi_proto_msgTypes[49]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *Fault) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*Fault) ProtoMessage() {}
+
+func (x *Fault) ProtoReflect() protoreflect.Message {
+	mi := &file_internal_hostapi_hostapi_proto_msgTypes[49]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use Fault.ProtoReflect.Descriptor instead.
+func (*Fault) Descriptor() ([]byte, []int) {
+	return file_internal_hostapi_hostapi_proto_rawDescGZIP(), []int{49}
+}
+
+func (x *Fault) GetKind() Fault_Kind {
+	if x != nil {
+		return x.Kind
+	}
+	return Fault_UNKNOWN
+}
+
+func (x *Fault) GetMissing() []*KeyID {
+	if x != nil {
+		return x.Missing
+	}
+	return nil
+}
+
+func (x *Fault) GetFile() string {
+	if x != nil {
+		return x.File
+	}
+	return ""
 }
 
 var File_internal_hostapi_hostapi_proto protoreflect.FileDescriptor
@@ -3470,7 +3714,13 @@ const file_internal_hostapi_hostapi_proto_rawDesc = "" +
 	"\x03ref\x18\x01 \x01(\v2\x16.mortise.host.v1.VMRefR\x03ref\x12(\n" +
 	"\x04keys\x18\x02 \x03(\v2\x14.mortise.host.v1.KEKR\x04keys\x12\x14\n" +
 	"\x05serve\x18\x03 \x01(\bR\x05serve\x12\x1c\n" +
-	"\trestarted\x18\x04 \x01(\bR\trestarted\"\x0f\n" +
+	"\trestarted\x18\x04 \x01(\bR\trestarted\"n\n" +
+	"\x10VMXCreateRequest\x120\n" +
+	"\x02vm\x18\x01 \x01(\v2 .mortise.host.v1.CreateVMRequestR\x02vm\x12(\n" +
+	"\x04keys\x18\x02 \x03(\v2\x14.mortise.host.v1.KEKR\x04keys\"\x80\x01\n" +
+	"\x15VMXReconfigureRequest\x12=\n" +
+	"\x06change\x18\x01 \x01(\v2%.mortise.host.v1.ReconfigureVMRequestR\x06change\x12(\n" +
+	"\x04keys\x18\x02 \x03(\v2\x14.mortise.host.v1.KEKR\x04keys\"\x0f\n" +
 	"\rStatusRequest\"\xe8\x01\n" +
 	"\tVMXStatus\x12\x12\n" +
 	"\x04uuid\x18\x01 \x01(\tR\x04uuid\x12\x12\n" +
@@ -3489,7 +3739,28 @@ const file_internal_hostapi_hostapi_proto_rawDesc = "" +
 	"\vKeysRequest\"\x0e\n" +
 	"\fCloseRequest\"\f\n" +
 	"\n" +
-	"CloseReply*O\n" +
+	"CloseReply\"\xba\x02\n" +
+	"\x05Fault\x12/\n" +
+	"\x04kind\x18\x01 \x01(\x0e2\x1b.mortise.host.v1.Fault.KindR\x04kind\x120\n" +
+	"\amissing\x18\x02 \x03(\v2\x16.mortise.host.v1.KeyIDR\amissing\x12\x12\n" +
+	"\x04file\x18\x03 \x01(\tR\x04file\"\xb9\x01\n" +
+	"\x04Kind\x12\v\n" +
+	"\aUNKNOWN\x10\x00\x12\x10\n" +
+	"\fMISSING_KEYS\x10\x01\x12\f\n" +
+	"\bTAMPERED\x10\x02\x12\n" +
+	"\n" +
+	"\x06IN_USE\x10\x03\x12\f\n" +
+	"\bNO_SPACE\x10\x04\x12\x15\n" +
+	"\x11WRONG_POWER_STATE\x10\x05\x12\r\n" +
+	"\tNOT_FOUND\x10\x06\x12\n" +
+	"\n" +
+	"\x06EXISTS\x10\a\x12\x11\n" +
+	"\rNOT_SUPPORTED\x10\b\x12\v\n" +
+	"\aINVALID\x10\t\x12\x0e\n" +
+	"\n" +
+	"STALE_TERM\x10\n" +
+	"\x12\b\n" +
+	"\x04BUSY\x10\v*O\n" +
 	"\n" +
 	"PowerState\x12\x11\n" +
 	"\rPOWER_UNKNOWN\x10\x00\x12\x0f\n" +
@@ -3517,11 +3788,12 @@ const file_internal_hostapi_hostapi_proto_rawDesc = "" +
 	"\bDeleteVM\x12\x1d.mortise.host.v1.PowerRequest\x1a\x1e.mortise.host.v1.DeleteVMReply\x12J\n" +
 	"\n" +
 	"ImportDisk\x12\x1c.mortise.host.v1.ImportChunk\x1a\x1c.mortise.host.v1.ImportReply(\x01\x12I\n" +
-	"\aConsole\x12\x1c.mortise.host.v1.ConsoleData\x1a\x1c.mortise.host.v1.ConsoleData(\x010\x012\xb5\x03\n" +
-	"\x03VMX\x12@\n" +
+	"\aConsole\x12\x1c.mortise.host.v1.ConsoleData\x1a\x1c.mortise.host.v1.ConsoleData(\x010\x012\xfc\x03\n" +
+	"\x03VMX\x12D\n" +
+	"\x06Create\x12!.mortise.host.v1.VMXCreateRequest\x1a\x17.mortise.host.v1.VMInfo\x12@\n" +
 	"\x04Open\x12\x1c.mortise.host.v1.OpenRequest\x1a\x1a.mortise.host.v1.VMXStatus\x12D\n" +
-	"\x06Status\x12\x1e.mortise.host.v1.StatusRequest\x1a\x1a.mortise.host.v1.VMXStatus\x12Q\n" +
-	"\vReconfigure\x12%.mortise.host.v1.ReconfigureVMRequest\x1a\x19.mortise.host.v1.Progress0\x01\x12J\n" +
+	"\x06Status\x12\x1e.mortise.host.v1.StatusRequest\x1a\x1a.mortise.host.v1.VMXStatus\x12R\n" +
+	"\vReconfigure\x12&.mortise.host.v1.VMXReconfigureRequest\x1a\x19.mortise.host.v1.Progress0\x01\x12J\n" +
 	"\n" +
 	"ImportDisk\x12\x1c.mortise.host.v1.ImportChunk\x1a\x1c.mortise.host.v1.ImportReply(\x01\x12B\n" +
 	"\x04Keys\x12\x1c.mortise.host.v1.KeysRequest\x1a\x1c.mortise.host.v1.OpenRequest\x12C\n" +
@@ -3539,165 +3811,177 @@ func file_internal_hostapi_hostapi_proto_rawDescGZIP() []byte {
 	return file_internal_hostapi_hostapi_proto_rawDescData
 }
 
-var file_internal_hostapi_hostapi_proto_enumTypes = make([]protoimpl.EnumInfo, 3)
-var file_internal_hostapi_hostapi_proto_msgTypes = make([]protoimpl.MessageInfo, 47)
+var file_internal_hostapi_hostapi_proto_enumTypes = make([]protoimpl.EnumInfo, 4)
+var file_internal_hostapi_hostapi_proto_msgTypes = make([]protoimpl.MessageInfo, 50)
 var file_internal_hostapi_hostapi_proto_goTypes = []any{
-	(PowerState)(0),              // 0: mortise.host.v1.PowerState
-	(HostEvent_Kind)(0),          // 1: mortise.host.v1.HostEvent.Kind
-	(CryptoChange_Kind)(0),       // 2: mortise.host.v1.CryptoChange.Kind
-	(*JoinRequest)(nil),          // 3: mortise.host.v1.JoinRequest
-	(*JoinReply)(nil),            // 4: mortise.host.v1.JoinReply
-	(*Header)(nil),               // 5: mortise.host.v1.Header
-	(*KeyID)(nil),                // 6: mortise.host.v1.KeyID
-	(*KEK)(nil),                  // 7: mortise.host.v1.KEK
-	(*DescribeRequest)(nil),      // 8: mortise.host.v1.DescribeRequest
-	(*HostInfo)(nil),             // 9: mortise.host.v1.HostInfo
-	(*DatastoreInfo)(nil),        // 10: mortise.host.v1.DatastoreInfo
-	(*NetworkInfo)(nil),          // 11: mortise.host.v1.NetworkInfo
-	(*WatchRequest)(nil),         // 12: mortise.host.v1.WatchRequest
-	(*HostEvent)(nil),            // 13: mortise.host.v1.HostEvent
-	(*VMRuntime)(nil),            // 14: mortise.host.v1.VMRuntime
-	(*VMRef)(nil),                // 15: mortise.host.v1.VMRef
-	(*Expect)(nil),               // 16: mortise.host.v1.Expect
-	(*DiskExpect)(nil),           // 17: mortise.host.v1.DiskExpect
-	(*VMInfo)(nil),               // 18: mortise.host.v1.VMInfo
-	(*Hardware)(nil),             // 19: mortise.host.v1.Hardware
-	(*NIC)(nil),                  // 20: mortise.host.v1.NIC
-	(*DiskInfo)(nil),             // 21: mortise.host.v1.DiskInfo
-	(*PushKeysRequest)(nil),      // 22: mortise.host.v1.PushKeysRequest
-	(*PushKeysReply)(nil),        // 23: mortise.host.v1.PushKeysReply
-	(*RemoveKeysRequest)(nil),    // 24: mortise.host.v1.RemoveKeysRequest
-	(*RemoveKeysReply)(nil),      // 25: mortise.host.v1.RemoveKeysReply
-	(*ListKeysRequest)(nil),      // 26: mortise.host.v1.ListKeysRequest
-	(*ListKeysReply)(nil),        // 27: mortise.host.v1.ListKeysReply
-	(*HeldKey)(nil),              // 28: mortise.host.v1.HeldKey
-	(*CreateVMRequest)(nil),      // 29: mortise.host.v1.CreateVMRequest
-	(*NewDisk)(nil),              // 30: mortise.host.v1.NewDisk
-	(*InspectVMRequest)(nil),     // 31: mortise.host.v1.InspectVMRequest
-	(*CryptoChange)(nil),         // 32: mortise.host.v1.CryptoChange
-	(*ReconfigureVMRequest)(nil), // 33: mortise.host.v1.ReconfigureVMRequest
-	(*DiskCryptoChange)(nil),     // 34: mortise.host.v1.DiskCryptoChange
-	(*AttachDisk)(nil),           // 35: mortise.host.v1.AttachDisk
-	(*Progress)(nil),             // 36: mortise.host.v1.Progress
-	(*PowerRequest)(nil),         // 37: mortise.host.v1.PowerRequest
-	(*ReleaseReply)(nil),         // 38: mortise.host.v1.ReleaseReply
-	(*DeleteVMReply)(nil),        // 39: mortise.host.v1.DeleteVMReply
-	(*ImportChunk)(nil),          // 40: mortise.host.v1.ImportChunk
-	(*ImportReply)(nil),          // 41: mortise.host.v1.ImportReply
-	(*ConsoleData)(nil),          // 42: mortise.host.v1.ConsoleData
-	(*OpenRequest)(nil),          // 43: mortise.host.v1.OpenRequest
-	(*StatusRequest)(nil),        // 44: mortise.host.v1.StatusRequest
-	(*VMXStatus)(nil),            // 45: mortise.host.v1.VMXStatus
-	(*ServedDisk)(nil),           // 46: mortise.host.v1.ServedDisk
-	(*KeysRequest)(nil),          // 47: mortise.host.v1.KeysRequest
-	(*CloseRequest)(nil),         // 48: mortise.host.v1.CloseRequest
-	(*CloseReply)(nil),           // 49: mortise.host.v1.CloseReply
+	(PowerState)(0),               // 0: mortise.host.v1.PowerState
+	(HostEvent_Kind)(0),           // 1: mortise.host.v1.HostEvent.Kind
+	(CryptoChange_Kind)(0),        // 2: mortise.host.v1.CryptoChange.Kind
+	(Fault_Kind)(0),               // 3: mortise.host.v1.Fault.Kind
+	(*JoinRequest)(nil),           // 4: mortise.host.v1.JoinRequest
+	(*JoinReply)(nil),             // 5: mortise.host.v1.JoinReply
+	(*Header)(nil),                // 6: mortise.host.v1.Header
+	(*KeyID)(nil),                 // 7: mortise.host.v1.KeyID
+	(*KEK)(nil),                   // 8: mortise.host.v1.KEK
+	(*DescribeRequest)(nil),       // 9: mortise.host.v1.DescribeRequest
+	(*HostInfo)(nil),              // 10: mortise.host.v1.HostInfo
+	(*DatastoreInfo)(nil),         // 11: mortise.host.v1.DatastoreInfo
+	(*NetworkInfo)(nil),           // 12: mortise.host.v1.NetworkInfo
+	(*WatchRequest)(nil),          // 13: mortise.host.v1.WatchRequest
+	(*HostEvent)(nil),             // 14: mortise.host.v1.HostEvent
+	(*VMRuntime)(nil),             // 15: mortise.host.v1.VMRuntime
+	(*VMRef)(nil),                 // 16: mortise.host.v1.VMRef
+	(*Expect)(nil),                // 17: mortise.host.v1.Expect
+	(*DiskExpect)(nil),            // 18: mortise.host.v1.DiskExpect
+	(*VMInfo)(nil),                // 19: mortise.host.v1.VMInfo
+	(*Hardware)(nil),              // 20: mortise.host.v1.Hardware
+	(*NIC)(nil),                   // 21: mortise.host.v1.NIC
+	(*DiskInfo)(nil),              // 22: mortise.host.v1.DiskInfo
+	(*PushKeysRequest)(nil),       // 23: mortise.host.v1.PushKeysRequest
+	(*PushKeysReply)(nil),         // 24: mortise.host.v1.PushKeysReply
+	(*RemoveKeysRequest)(nil),     // 25: mortise.host.v1.RemoveKeysRequest
+	(*RemoveKeysReply)(nil),       // 26: mortise.host.v1.RemoveKeysReply
+	(*ListKeysRequest)(nil),       // 27: mortise.host.v1.ListKeysRequest
+	(*ListKeysReply)(nil),         // 28: mortise.host.v1.ListKeysReply
+	(*HeldKey)(nil),               // 29: mortise.host.v1.HeldKey
+	(*CreateVMRequest)(nil),       // 30: mortise.host.v1.CreateVMRequest
+	(*NewDisk)(nil),               // 31: mortise.host.v1.NewDisk
+	(*InspectVMRequest)(nil),      // 32: mortise.host.v1.InspectVMRequest
+	(*CryptoChange)(nil),          // 33: mortise.host.v1.CryptoChange
+	(*ReconfigureVMRequest)(nil),  // 34: mortise.host.v1.ReconfigureVMRequest
+	(*DiskCryptoChange)(nil),      // 35: mortise.host.v1.DiskCryptoChange
+	(*AttachDisk)(nil),            // 36: mortise.host.v1.AttachDisk
+	(*Progress)(nil),              // 37: mortise.host.v1.Progress
+	(*PowerRequest)(nil),          // 38: mortise.host.v1.PowerRequest
+	(*ReleaseReply)(nil),          // 39: mortise.host.v1.ReleaseReply
+	(*DeleteVMReply)(nil),         // 40: mortise.host.v1.DeleteVMReply
+	(*ImportChunk)(nil),           // 41: mortise.host.v1.ImportChunk
+	(*ImportReply)(nil),           // 42: mortise.host.v1.ImportReply
+	(*ConsoleData)(nil),           // 43: mortise.host.v1.ConsoleData
+	(*OpenRequest)(nil),           // 44: mortise.host.v1.OpenRequest
+	(*VMXCreateRequest)(nil),      // 45: mortise.host.v1.VMXCreateRequest
+	(*VMXReconfigureRequest)(nil), // 46: mortise.host.v1.VMXReconfigureRequest
+	(*StatusRequest)(nil),         // 47: mortise.host.v1.StatusRequest
+	(*VMXStatus)(nil),             // 48: mortise.host.v1.VMXStatus
+	(*ServedDisk)(nil),            // 49: mortise.host.v1.ServedDisk
+	(*KeysRequest)(nil),           // 50: mortise.host.v1.KeysRequest
+	(*CloseRequest)(nil),          // 51: mortise.host.v1.CloseRequest
+	(*CloseReply)(nil),            // 52: mortise.host.v1.CloseReply
+	(*Fault)(nil),                 // 53: mortise.host.v1.Fault
 }
 var file_internal_hostapi_hostapi_proto_depIdxs = []int32{
-	6,  // 0: mortise.host.v1.KEK.id:type_name -> mortise.host.v1.KeyID
-	10, // 1: mortise.host.v1.HostInfo.datastores:type_name -> mortise.host.v1.DatastoreInfo
-	11, // 2: mortise.host.v1.HostInfo.networks:type_name -> mortise.host.v1.NetworkInfo
+	7,  // 0: mortise.host.v1.KEK.id:type_name -> mortise.host.v1.KeyID
+	11, // 1: mortise.host.v1.HostInfo.datastores:type_name -> mortise.host.v1.DatastoreInfo
+	12, // 2: mortise.host.v1.HostInfo.networks:type_name -> mortise.host.v1.NetworkInfo
 	1,  // 3: mortise.host.v1.HostEvent.kind:type_name -> mortise.host.v1.HostEvent.Kind
-	14, // 4: mortise.host.v1.HostEvent.vm:type_name -> mortise.host.v1.VMRuntime
-	9,  // 5: mortise.host.v1.HostEvent.host:type_name -> mortise.host.v1.HostInfo
+	15, // 4: mortise.host.v1.HostEvent.vm:type_name -> mortise.host.v1.VMRuntime
+	10, // 5: mortise.host.v1.HostEvent.host:type_name -> mortise.host.v1.HostInfo
 	0,  // 6: mortise.host.v1.VMRuntime.power:type_name -> mortise.host.v1.PowerState
-	6,  // 7: mortise.host.v1.VMRuntime.missing:type_name -> mortise.host.v1.KeyID
-	16, // 8: mortise.host.v1.VMRef.expect:type_name -> mortise.host.v1.Expect
-	17, // 9: mortise.host.v1.Expect.disks:type_name -> mortise.host.v1.DiskExpect
-	15, // 10: mortise.host.v1.VMInfo.ref:type_name -> mortise.host.v1.VMRef
-	14, // 11: mortise.host.v1.VMInfo.runtime:type_name -> mortise.host.v1.VMRuntime
-	19, // 12: mortise.host.v1.VMInfo.hardware:type_name -> mortise.host.v1.Hardware
-	6,  // 13: mortise.host.v1.VMInfo.key:type_name -> mortise.host.v1.KeyID
-	21, // 14: mortise.host.v1.VMInfo.disks:type_name -> mortise.host.v1.DiskInfo
-	20, // 15: mortise.host.v1.Hardware.nics:type_name -> mortise.host.v1.NIC
-	6,  // 16: mortise.host.v1.DiskInfo.key_id:type_name -> mortise.host.v1.KeyID
-	6,  // 17: mortise.host.v1.DiskInfo.target_key_id:type_name -> mortise.host.v1.KeyID
-	5,  // 18: mortise.host.v1.PushKeysRequest.header:type_name -> mortise.host.v1.Header
-	7,  // 19: mortise.host.v1.PushKeysRequest.keys:type_name -> mortise.host.v1.KEK
-	5,  // 20: mortise.host.v1.RemoveKeysRequest.header:type_name -> mortise.host.v1.Header
-	6,  // 21: mortise.host.v1.RemoveKeysRequest.keys:type_name -> mortise.host.v1.KeyID
-	6,  // 22: mortise.host.v1.RemoveKeysReply.still_used:type_name -> mortise.host.v1.KeyID
-	28, // 23: mortise.host.v1.ListKeysReply.keys:type_name -> mortise.host.v1.HeldKey
-	6,  // 24: mortise.host.v1.HeldKey.id:type_name -> mortise.host.v1.KeyID
-	5,  // 25: mortise.host.v1.CreateVMRequest.header:type_name -> mortise.host.v1.Header
-	19, // 26: mortise.host.v1.CreateVMRequest.hardware:type_name -> mortise.host.v1.Hardware
-	30, // 27: mortise.host.v1.CreateVMRequest.disks:type_name -> mortise.host.v1.NewDisk
-	6,  // 28: mortise.host.v1.CreateVMRequest.home_key:type_name -> mortise.host.v1.KeyID
-	6,  // 29: mortise.host.v1.NewDisk.key_id:type_name -> mortise.host.v1.KeyID
-	15, // 30: mortise.host.v1.InspectVMRequest.ref:type_name -> mortise.host.v1.VMRef
+	7,  // 7: mortise.host.v1.VMRuntime.missing:type_name -> mortise.host.v1.KeyID
+	17, // 8: mortise.host.v1.VMRef.expect:type_name -> mortise.host.v1.Expect
+	18, // 9: mortise.host.v1.Expect.disks:type_name -> mortise.host.v1.DiskExpect
+	16, // 10: mortise.host.v1.VMInfo.ref:type_name -> mortise.host.v1.VMRef
+	15, // 11: mortise.host.v1.VMInfo.runtime:type_name -> mortise.host.v1.VMRuntime
+	20, // 12: mortise.host.v1.VMInfo.hardware:type_name -> mortise.host.v1.Hardware
+	7,  // 13: mortise.host.v1.VMInfo.key:type_name -> mortise.host.v1.KeyID
+	22, // 14: mortise.host.v1.VMInfo.disks:type_name -> mortise.host.v1.DiskInfo
+	21, // 15: mortise.host.v1.Hardware.nics:type_name -> mortise.host.v1.NIC
+	7,  // 16: mortise.host.v1.DiskInfo.key_id:type_name -> mortise.host.v1.KeyID
+	7,  // 17: mortise.host.v1.DiskInfo.target_key_id:type_name -> mortise.host.v1.KeyID
+	6,  // 18: mortise.host.v1.PushKeysRequest.header:type_name -> mortise.host.v1.Header
+	8,  // 19: mortise.host.v1.PushKeysRequest.keys:type_name -> mortise.host.v1.KEK
+	6,  // 20: mortise.host.v1.RemoveKeysRequest.header:type_name -> mortise.host.v1.Header
+	7,  // 21: mortise.host.v1.RemoveKeysRequest.keys:type_name -> mortise.host.v1.KeyID
+	7,  // 22: mortise.host.v1.RemoveKeysReply.still_used:type_name -> mortise.host.v1.KeyID
+	29, // 23: mortise.host.v1.ListKeysReply.keys:type_name -> mortise.host.v1.HeldKey
+	7,  // 24: mortise.host.v1.HeldKey.id:type_name -> mortise.host.v1.KeyID
+	6,  // 25: mortise.host.v1.CreateVMRequest.header:type_name -> mortise.host.v1.Header
+	20, // 26: mortise.host.v1.CreateVMRequest.hardware:type_name -> mortise.host.v1.Hardware
+	31, // 27: mortise.host.v1.CreateVMRequest.disks:type_name -> mortise.host.v1.NewDisk
+	7,  // 28: mortise.host.v1.CreateVMRequest.home_key:type_name -> mortise.host.v1.KeyID
+	7,  // 29: mortise.host.v1.NewDisk.key_id:type_name -> mortise.host.v1.KeyID
+	16, // 30: mortise.host.v1.InspectVMRequest.ref:type_name -> mortise.host.v1.VMRef
 	2,  // 31: mortise.host.v1.CryptoChange.kind:type_name -> mortise.host.v1.CryptoChange.Kind
-	6,  // 32: mortise.host.v1.CryptoChange.key:type_name -> mortise.host.v1.KeyID
-	5,  // 33: mortise.host.v1.ReconfigureVMRequest.header:type_name -> mortise.host.v1.Header
-	15, // 34: mortise.host.v1.ReconfigureVMRequest.ref:type_name -> mortise.host.v1.VMRef
-	32, // 35: mortise.host.v1.ReconfigureVMRequest.home:type_name -> mortise.host.v1.CryptoChange
-	34, // 36: mortise.host.v1.ReconfigureVMRequest.disks:type_name -> mortise.host.v1.DiskCryptoChange
-	19, // 37: mortise.host.v1.ReconfigureVMRequest.hardware:type_name -> mortise.host.v1.Hardware
-	30, // 38: mortise.host.v1.ReconfigureVMRequest.add_disks:type_name -> mortise.host.v1.NewDisk
-	35, // 39: mortise.host.v1.ReconfigureVMRequest.attach_disks:type_name -> mortise.host.v1.AttachDisk
-	32, // 40: mortise.host.v1.DiskCryptoChange.change:type_name -> mortise.host.v1.CryptoChange
-	18, // 41: mortise.host.v1.Progress.result:type_name -> mortise.host.v1.VMInfo
-	5,  // 42: mortise.host.v1.PowerRequest.header:type_name -> mortise.host.v1.Header
-	15, // 43: mortise.host.v1.PowerRequest.ref:type_name -> mortise.host.v1.VMRef
-	6,  // 44: mortise.host.v1.ReleaseReply.wiped:type_name -> mortise.host.v1.KeyID
-	6,  // 45: mortise.host.v1.DeleteVMReply.wiped:type_name -> mortise.host.v1.KeyID
-	5,  // 46: mortise.host.v1.ImportChunk.header:type_name -> mortise.host.v1.Header
-	15, // 47: mortise.host.v1.ImportChunk.ref:type_name -> mortise.host.v1.VMRef
-	15, // 48: mortise.host.v1.ConsoleData.ref:type_name -> mortise.host.v1.VMRef
-	15, // 49: mortise.host.v1.OpenRequest.ref:type_name -> mortise.host.v1.VMRef
-	7,  // 50: mortise.host.v1.OpenRequest.keys:type_name -> mortise.host.v1.KEK
-	46, // 51: mortise.host.v1.VMXStatus.disks:type_name -> mortise.host.v1.ServedDisk
-	18, // 52: mortise.host.v1.VMXStatus.info:type_name -> mortise.host.v1.VMInfo
-	3,  // 53: mortise.host.v1.Join.Join:input_type -> mortise.host.v1.JoinRequest
-	8,  // 54: mortise.host.v1.Host.Describe:input_type -> mortise.host.v1.DescribeRequest
-	12, // 55: mortise.host.v1.Host.Watch:input_type -> mortise.host.v1.WatchRequest
-	22, // 56: mortise.host.v1.Host.PushKeys:input_type -> mortise.host.v1.PushKeysRequest
-	24, // 57: mortise.host.v1.Host.RemoveKeys:input_type -> mortise.host.v1.RemoveKeysRequest
-	26, // 58: mortise.host.v1.Host.ListKeys:input_type -> mortise.host.v1.ListKeysRequest
-	29, // 59: mortise.host.v1.Host.CreateVM:input_type -> mortise.host.v1.CreateVMRequest
-	31, // 60: mortise.host.v1.Host.InspectVM:input_type -> mortise.host.v1.InspectVMRequest
-	33, // 61: mortise.host.v1.Host.ReconfigureVM:input_type -> mortise.host.v1.ReconfigureVMRequest
-	37, // 62: mortise.host.v1.Host.PowerOn:input_type -> mortise.host.v1.PowerRequest
-	37, // 63: mortise.host.v1.Host.PowerOff:input_type -> mortise.host.v1.PowerRequest
-	37, // 64: mortise.host.v1.Host.Shutdown:input_type -> mortise.host.v1.PowerRequest
-	37, // 65: mortise.host.v1.Host.Reset:input_type -> mortise.host.v1.PowerRequest
-	37, // 66: mortise.host.v1.Host.Release:input_type -> mortise.host.v1.PowerRequest
-	37, // 67: mortise.host.v1.Host.DeleteVM:input_type -> mortise.host.v1.PowerRequest
-	40, // 68: mortise.host.v1.Host.ImportDisk:input_type -> mortise.host.v1.ImportChunk
-	42, // 69: mortise.host.v1.Host.Console:input_type -> mortise.host.v1.ConsoleData
-	43, // 70: mortise.host.v1.VMX.Open:input_type -> mortise.host.v1.OpenRequest
-	44, // 71: mortise.host.v1.VMX.Status:input_type -> mortise.host.v1.StatusRequest
-	33, // 72: mortise.host.v1.VMX.Reconfigure:input_type -> mortise.host.v1.ReconfigureVMRequest
-	40, // 73: mortise.host.v1.VMX.ImportDisk:input_type -> mortise.host.v1.ImportChunk
-	47, // 74: mortise.host.v1.VMX.Keys:input_type -> mortise.host.v1.KeysRequest
-	48, // 75: mortise.host.v1.VMX.Close:input_type -> mortise.host.v1.CloseRequest
-	4,  // 76: mortise.host.v1.Join.Join:output_type -> mortise.host.v1.JoinReply
-	9,  // 77: mortise.host.v1.Host.Describe:output_type -> mortise.host.v1.HostInfo
-	13, // 78: mortise.host.v1.Host.Watch:output_type -> mortise.host.v1.HostEvent
-	23, // 79: mortise.host.v1.Host.PushKeys:output_type -> mortise.host.v1.PushKeysReply
-	25, // 80: mortise.host.v1.Host.RemoveKeys:output_type -> mortise.host.v1.RemoveKeysReply
-	27, // 81: mortise.host.v1.Host.ListKeys:output_type -> mortise.host.v1.ListKeysReply
-	18, // 82: mortise.host.v1.Host.CreateVM:output_type -> mortise.host.v1.VMInfo
-	18, // 83: mortise.host.v1.Host.InspectVM:output_type -> mortise.host.v1.VMInfo
-	36, // 84: mortise.host.v1.Host.ReconfigureVM:output_type -> mortise.host.v1.Progress
-	18, // 85: mortise.host.v1.Host.PowerOn:output_type -> mortise.host.v1.VMInfo
-	18, // 86: mortise.host.v1.Host.PowerOff:output_type -> mortise.host.v1.VMInfo
-	18, // 87: mortise.host.v1.Host.Shutdown:output_type -> mortise.host.v1.VMInfo
-	18, // 88: mortise.host.v1.Host.Reset:output_type -> mortise.host.v1.VMInfo
-	38, // 89: mortise.host.v1.Host.Release:output_type -> mortise.host.v1.ReleaseReply
-	39, // 90: mortise.host.v1.Host.DeleteVM:output_type -> mortise.host.v1.DeleteVMReply
-	41, // 91: mortise.host.v1.Host.ImportDisk:output_type -> mortise.host.v1.ImportReply
-	42, // 92: mortise.host.v1.Host.Console:output_type -> mortise.host.v1.ConsoleData
-	45, // 93: mortise.host.v1.VMX.Open:output_type -> mortise.host.v1.VMXStatus
-	45, // 94: mortise.host.v1.VMX.Status:output_type -> mortise.host.v1.VMXStatus
-	36, // 95: mortise.host.v1.VMX.Reconfigure:output_type -> mortise.host.v1.Progress
-	41, // 96: mortise.host.v1.VMX.ImportDisk:output_type -> mortise.host.v1.ImportReply
-	43, // 97: mortise.host.v1.VMX.Keys:output_type -> mortise.host.v1.OpenRequest
-	49, // 98: mortise.host.v1.VMX.Close:output_type -> mortise.host.v1.CloseReply
-	76, // [76:99] is the sub-list for method output_type
-	53, // [53:76] is the sub-list for method input_type
-	53, // [53:53] is the sub-list for extension type_name
-	53, // [53:53] is the sub-list for extension extendee
-	0,  // [0:53] is the sub-list for field type_name
+	7,  // 32: mortise.host.v1.CryptoChange.key:type_name -> mortise.host.v1.KeyID
+	6,  // 33: mortise.host.v1.ReconfigureVMRequest.header:type_name -> mortise.host.v1.Header
+	16, // 34: mortise.host.v1.ReconfigureVMRequest.ref:type_name -> mortise.host.v1.VMRef
+	33, // 35: mortise.host.v1.ReconfigureVMRequest.home:type_name -> mortise.host.v1.CryptoChange
+	35, // 36: mortise.host.v1.ReconfigureVMRequest.disks:type_name -> mortise.host.v1.DiskCryptoChange
+	20, // 37: mortise.host.v1.ReconfigureVMRequest.hardware:type_name -> mortise.host.v1.Hardware
+	31, // 38: mortise.host.v1.ReconfigureVMRequest.add_disks:type_name -> mortise.host.v1.NewDisk
+	36, // 39: mortise.host.v1.ReconfigureVMRequest.attach_disks:type_name -> mortise.host.v1.AttachDisk
+	33, // 40: mortise.host.v1.DiskCryptoChange.change:type_name -> mortise.host.v1.CryptoChange
+	19, // 41: mortise.host.v1.Progress.result:type_name -> mortise.host.v1.VMInfo
+	6,  // 42: mortise.host.v1.PowerRequest.header:type_name -> mortise.host.v1.Header
+	16, // 43: mortise.host.v1.PowerRequest.ref:type_name -> mortise.host.v1.VMRef
+	7,  // 44: mortise.host.v1.ReleaseReply.wiped:type_name -> mortise.host.v1.KeyID
+	7,  // 45: mortise.host.v1.DeleteVMReply.wiped:type_name -> mortise.host.v1.KeyID
+	6,  // 46: mortise.host.v1.ImportChunk.header:type_name -> mortise.host.v1.Header
+	16, // 47: mortise.host.v1.ImportChunk.ref:type_name -> mortise.host.v1.VMRef
+	16, // 48: mortise.host.v1.ConsoleData.ref:type_name -> mortise.host.v1.VMRef
+	16, // 49: mortise.host.v1.OpenRequest.ref:type_name -> mortise.host.v1.VMRef
+	8,  // 50: mortise.host.v1.OpenRequest.keys:type_name -> mortise.host.v1.KEK
+	30, // 51: mortise.host.v1.VMXCreateRequest.vm:type_name -> mortise.host.v1.CreateVMRequest
+	8,  // 52: mortise.host.v1.VMXCreateRequest.keys:type_name -> mortise.host.v1.KEK
+	34, // 53: mortise.host.v1.VMXReconfigureRequest.change:type_name -> mortise.host.v1.ReconfigureVMRequest
+	8,  // 54: mortise.host.v1.VMXReconfigureRequest.keys:type_name -> mortise.host.v1.KEK
+	49, // 55: mortise.host.v1.VMXStatus.disks:type_name -> mortise.host.v1.ServedDisk
+	19, // 56: mortise.host.v1.VMXStatus.info:type_name -> mortise.host.v1.VMInfo
+	3,  // 57: mortise.host.v1.Fault.kind:type_name -> mortise.host.v1.Fault.Kind
+	7,  // 58: mortise.host.v1.Fault.missing:type_name -> mortise.host.v1.KeyID
+	4,  // 59: mortise.host.v1.Join.Join:input_type -> mortise.host.v1.JoinRequest
+	9,  // 60: mortise.host.v1.Host.Describe:input_type -> mortise.host.v1.DescribeRequest
+	13, // 61: mortise.host.v1.Host.Watch:input_type -> mortise.host.v1.WatchRequest
+	23, // 62: mortise.host.v1.Host.PushKeys:input_type -> mortise.host.v1.PushKeysRequest
+	25, // 63: mortise.host.v1.Host.RemoveKeys:input_type -> mortise.host.v1.RemoveKeysRequest
+	27, // 64: mortise.host.v1.Host.ListKeys:input_type -> mortise.host.v1.ListKeysRequest
+	30, // 65: mortise.host.v1.Host.CreateVM:input_type -> mortise.host.v1.CreateVMRequest
+	32, // 66: mortise.host.v1.Host.InspectVM:input_type -> mortise.host.v1.InspectVMRequest
+	34, // 67: mortise.host.v1.Host.ReconfigureVM:input_type -> mortise.host.v1.ReconfigureVMRequest
+	38, // 68: mortise.host.v1.Host.PowerOn:input_type -> mortise.host.v1.PowerRequest
+	38, // 69: mortise.host.v1.Host.PowerOff:input_type -> mortise.host.v1.PowerRequest
+	38, // 70: mortise.host.v1.Host.Shutdown:input_type -> mortise.host.v1.PowerRequest
+	38, // 71: mortise.host.v1.Host.Reset:input_type -> mortise.host.v1.PowerRequest
+	38, // 72: mortise.host.v1.Host.Release:input_type -> mortise.host.v1.PowerRequest
+	38, // 73: mortise.host.v1.Host.DeleteVM:input_type -> mortise.host.v1.PowerRequest
+	41, // 74: mortise.host.v1.Host.ImportDisk:input_type -> mortise.host.v1.ImportChunk
+	43, // 75: mortise.host.v1.Host.Console:input_type -> mortise.host.v1.ConsoleData
+	45, // 76: mortise.host.v1.VMX.Create:input_type -> mortise.host.v1.VMXCreateRequest
+	44, // 77: mortise.host.v1.VMX.Open:input_type -> mortise.host.v1.OpenRequest
+	47, // 78: mortise.host.v1.VMX.Status:input_type -> mortise.host.v1.StatusRequest
+	46, // 79: mortise.host.v1.VMX.Reconfigure:input_type -> mortise.host.v1.VMXReconfigureRequest
+	41, // 80: mortise.host.v1.VMX.ImportDisk:input_type -> mortise.host.v1.ImportChunk
+	50, // 81: mortise.host.v1.VMX.Keys:input_type -> mortise.host.v1.KeysRequest
+	51, // 82: mortise.host.v1.VMX.Close:input_type -> mortise.host.v1.CloseRequest
+	5,  // 83: mortise.host.v1.Join.Join:output_type -> mortise.host.v1.JoinReply
+	10, // 84: mortise.host.v1.Host.Describe:output_type -> mortise.host.v1.HostInfo
+	14, // 85: mortise.host.v1.Host.Watch:output_type -> mortise.host.v1.HostEvent
+	24, // 86: mortise.host.v1.Host.PushKeys:output_type -> mortise.host.v1.PushKeysReply
+	26, // 87: mortise.host.v1.Host.RemoveKeys:output_type -> mortise.host.v1.RemoveKeysReply
+	28, // 88: mortise.host.v1.Host.ListKeys:output_type -> mortise.host.v1.ListKeysReply
+	19, // 89: mortise.host.v1.Host.CreateVM:output_type -> mortise.host.v1.VMInfo
+	19, // 90: mortise.host.v1.Host.InspectVM:output_type -> mortise.host.v1.VMInfo
+	37, // 91: mortise.host.v1.Host.ReconfigureVM:output_type -> mortise.host.v1.Progress
+	19, // 92: mortise.host.v1.Host.PowerOn:output_type -> mortise.host.v1.VMInfo
+	19, // 93: mortise.host.v1.Host.PowerOff:output_type -> mortise.host.v1.VMInfo
+	19, // 94: mortise.host.v1.Host.Shutdown:output_type -> mortise.host.v1.VMInfo
+	19, // 95: mortise.host.v1.Host.Reset:output_type -> mortise.host.v1.VMInfo
+	39, // 96: mortise.host.v1.Host.Release:output_type -> mortise.host.v1.ReleaseReply
+	40, // 97: mortise.host.v1.Host.DeleteVM:output_type -> mortise.host.v1.DeleteVMReply
+	42, // 98: mortise.host.v1.Host.ImportDisk:output_type -> mortise.host.v1.ImportReply
+	43, // 99: mortise.host.v1.Host.Console:output_type -> mortise.host.v1.ConsoleData
+	19, // 100: mortise.host.v1.VMX.Create:output_type -> mortise.host.v1.VMInfo
+	48, // 101: mortise.host.v1.VMX.Open:output_type -> mortise.host.v1.VMXStatus
+	48, // 102: mortise.host.v1.VMX.Status:output_type -> mortise.host.v1.VMXStatus
+	37, // 103: mortise.host.v1.VMX.Reconfigure:output_type -> mortise.host.v1.Progress
+	42, // 104: mortise.host.v1.VMX.ImportDisk:output_type -> mortise.host.v1.ImportReply
+	44, // 105: mortise.host.v1.VMX.Keys:output_type -> mortise.host.v1.OpenRequest
+	52, // 106: mortise.host.v1.VMX.Close:output_type -> mortise.host.v1.CloseReply
+	83, // [83:107] is the sub-list for method output_type
+	59, // [59:83] is the sub-list for method input_type
+	59, // [59:59] is the sub-list for extension type_name
+	59, // [59:59] is the sub-list for extension extendee
+	0,  // [0:59] is the sub-list for field type_name
 }
 
 func init() { file_internal_hostapi_hostapi_proto_init() }
@@ -3710,8 +3994,8 @@ func file_internal_hostapi_hostapi_proto_init() {
 		File: protoimpl.DescBuilder{
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_internal_hostapi_hostapi_proto_rawDesc), len(file_internal_hostapi_hostapi_proto_rawDesc)),
-			NumEnums:      3,
-			NumMessages:   47,
+			NumEnums:      4,
+			NumMessages:   50,
 			NumExtensions: 0,
 			NumServices:   3,
 		},

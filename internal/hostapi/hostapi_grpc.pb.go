@@ -842,6 +842,7 @@ var Host_ServiceDesc = grpc.ServiceDesc{
 }
 
 const (
+	VMX_Create_FullMethodName      = "/mortise.host.v1.VMX/Create"
 	VMX_Open_FullMethodName        = "/mortise.host.v1.VMX/Open"
 	VMX_Status_FullMethodName      = "/mortise.host.v1.VMX/Status"
 	VMX_Reconfigure_FullMethodName = "/mortise.host.v1.VMX/Reconfigure"
@@ -857,12 +858,15 @@ const (
 // VMX is served by a vmx process on a unix socket that only root can reach; the
 // host agent is its client.
 type VMXClient interface {
+	// Create makes the VM's files in its empty folder. It is also how a Create that
+	// was interrupted is finished.
+	Create(ctx context.Context, in *VMXCreateRequest, opts ...grpc.CallOption) (*VMInfo, error)
 	// Open gives the process its KEKs, locks the extents and serves disks and
 	// files. Disks that are being converted go on from their boundary only when
 	// Reconfigure asks for it.
 	Open(ctx context.Context, in *OpenRequest, opts ...grpc.CallOption) (*VMXStatus, error)
 	Status(ctx context.Context, in *StatusRequest, opts ...grpc.CallOption) (*VMXStatus, error)
-	Reconfigure(ctx context.Context, in *ReconfigureVMRequest, opts ...grpc.CallOption) (grpc.ServerStreamingClient[Progress], error)
+	Reconfigure(ctx context.Context, in *VMXReconfigureRequest, opts ...grpc.CallOption) (grpc.ServerStreamingClient[Progress], error)
 	ImportDisk(ctx context.Context, opts ...grpc.CallOption) (grpc.ClientStreamingClient[ImportChunk, ImportReply], error)
 	// Keys hands the KEKs back to an agent that restarted without center (design:
 	// "if agent and vmx die together, the agent refills from surviving vmxes").
@@ -877,6 +881,16 @@ type vMXClient struct {
 
 func NewVMXClient(cc grpc.ClientConnInterface) VMXClient {
 	return &vMXClient{cc}
+}
+
+func (c *vMXClient) Create(ctx context.Context, in *VMXCreateRequest, opts ...grpc.CallOption) (*VMInfo, error) {
+	cOpts := append([]grpc.CallOption{grpc.StaticMethod()}, opts...)
+	out := new(VMInfo)
+	err := c.cc.Invoke(ctx, VMX_Create_FullMethodName, in, out, cOpts...)
+	if err != nil {
+		return nil, err
+	}
+	return out, nil
 }
 
 func (c *vMXClient) Open(ctx context.Context, in *OpenRequest, opts ...grpc.CallOption) (*VMXStatus, error) {
@@ -899,13 +913,13 @@ func (c *vMXClient) Status(ctx context.Context, in *StatusRequest, opts ...grpc.
 	return out, nil
 }
 
-func (c *vMXClient) Reconfigure(ctx context.Context, in *ReconfigureVMRequest, opts ...grpc.CallOption) (grpc.ServerStreamingClient[Progress], error) {
+func (c *vMXClient) Reconfigure(ctx context.Context, in *VMXReconfigureRequest, opts ...grpc.CallOption) (grpc.ServerStreamingClient[Progress], error) {
 	cOpts := append([]grpc.CallOption{grpc.StaticMethod()}, opts...)
 	stream, err := c.cc.NewStream(ctx, &VMX_ServiceDesc.Streams[0], VMX_Reconfigure_FullMethodName, cOpts...)
 	if err != nil {
 		return nil, err
 	}
-	x := &grpc.GenericClientStream[ReconfigureVMRequest, Progress]{ClientStream: stream}
+	x := &grpc.GenericClientStream[VMXReconfigureRequest, Progress]{ClientStream: stream}
 	if err := x.ClientStream.SendMsg(in); err != nil {
 		return nil, err
 	}
@@ -958,12 +972,15 @@ func (c *vMXClient) Close(ctx context.Context, in *CloseRequest, opts ...grpc.Ca
 // VMX is served by a vmx process on a unix socket that only root can reach; the
 // host agent is its client.
 type VMXServer interface {
+	// Create makes the VM's files in its empty folder. It is also how a Create that
+	// was interrupted is finished.
+	Create(context.Context, *VMXCreateRequest) (*VMInfo, error)
 	// Open gives the process its KEKs, locks the extents and serves disks and
 	// files. Disks that are being converted go on from their boundary only when
 	// Reconfigure asks for it.
 	Open(context.Context, *OpenRequest) (*VMXStatus, error)
 	Status(context.Context, *StatusRequest) (*VMXStatus, error)
-	Reconfigure(*ReconfigureVMRequest, grpc.ServerStreamingServer[Progress]) error
+	Reconfigure(*VMXReconfigureRequest, grpc.ServerStreamingServer[Progress]) error
 	ImportDisk(grpc.ClientStreamingServer[ImportChunk, ImportReply]) error
 	// Keys hands the KEKs back to an agent that restarted without center (design:
 	// "if agent and vmx die together, the agent refills from surviving vmxes").
@@ -980,13 +997,16 @@ type VMXServer interface {
 // pointer dereference when methods are called.
 type UnimplementedVMXServer struct{}
 
+func (UnimplementedVMXServer) Create(context.Context, *VMXCreateRequest) (*VMInfo, error) {
+	return nil, status.Errorf(codes.Unimplemented, "method Create not implemented")
+}
 func (UnimplementedVMXServer) Open(context.Context, *OpenRequest) (*VMXStatus, error) {
 	return nil, status.Errorf(codes.Unimplemented, "method Open not implemented")
 }
 func (UnimplementedVMXServer) Status(context.Context, *StatusRequest) (*VMXStatus, error) {
 	return nil, status.Errorf(codes.Unimplemented, "method Status not implemented")
 }
-func (UnimplementedVMXServer) Reconfigure(*ReconfigureVMRequest, grpc.ServerStreamingServer[Progress]) error {
+func (UnimplementedVMXServer) Reconfigure(*VMXReconfigureRequest, grpc.ServerStreamingServer[Progress]) error {
 	return status.Errorf(codes.Unimplemented, "method Reconfigure not implemented")
 }
 func (UnimplementedVMXServer) ImportDisk(grpc.ClientStreamingServer[ImportChunk, ImportReply]) error {
@@ -1017,6 +1037,24 @@ func RegisterVMXServer(s grpc.ServiceRegistrar, srv VMXServer) {
 		t.testEmbeddedByValue()
 	}
 	s.RegisterService(&VMX_ServiceDesc, srv)
+}
+
+func _VMX_Create_Handler(srv interface{}, ctx context.Context, dec func(interface{}) error, interceptor grpc.UnaryServerInterceptor) (interface{}, error) {
+	in := new(VMXCreateRequest)
+	if err := dec(in); err != nil {
+		return nil, err
+	}
+	if interceptor == nil {
+		return srv.(VMXServer).Create(ctx, in)
+	}
+	info := &grpc.UnaryServerInfo{
+		Server:     srv,
+		FullMethod: VMX_Create_FullMethodName,
+	}
+	handler := func(ctx context.Context, req interface{}) (interface{}, error) {
+		return srv.(VMXServer).Create(ctx, req.(*VMXCreateRequest))
+	}
+	return interceptor(ctx, in, info, handler)
 }
 
 func _VMX_Open_Handler(srv interface{}, ctx context.Context, dec func(interface{}) error, interceptor grpc.UnaryServerInterceptor) (interface{}, error) {
@@ -1056,11 +1094,11 @@ func _VMX_Status_Handler(srv interface{}, ctx context.Context, dec func(interfac
 }
 
 func _VMX_Reconfigure_Handler(srv interface{}, stream grpc.ServerStream) error {
-	m := new(ReconfigureVMRequest)
+	m := new(VMXReconfigureRequest)
 	if err := stream.RecvMsg(m); err != nil {
 		return err
 	}
-	return srv.(VMXServer).Reconfigure(m, &grpc.GenericServerStream[ReconfigureVMRequest, Progress]{ServerStream: stream})
+	return srv.(VMXServer).Reconfigure(m, &grpc.GenericServerStream[VMXReconfigureRequest, Progress]{ServerStream: stream})
 }
 
 // This type alias is provided for backwards compatibility with existing code that references the prior non-generic stream type by name.
@@ -1116,6 +1154,10 @@ var VMX_ServiceDesc = grpc.ServiceDesc{
 	ServiceName: "mortise.host.v1.VMX",
 	HandlerType: (*VMXServer)(nil),
 	Methods: []grpc.MethodDesc{
+		{
+			MethodName: "Create",
+			Handler:    _VMX_Create_Handler,
+		},
 		{
 			MethodName: "Open",
 			Handler:    _VMX_Open_Handler,
