@@ -13,7 +13,7 @@ import (
 // level orders the packages as ARCHITECTURE.md does: a package imports only
 // lower levels, and a listed subpackage may import its parent.
 var level = map[string]int{
-	"secret": 0, "xts": 0, "vmxfile": 0,
+	"secret": 0, "xts": 0, "atomicfile": 0, "vmxfile": 0,
 	"keysafe": 1, "vmdk": 1, "vdisk": 1, "nbd": 1, "vmfiles": 1, "domain": 1, "rootkey": 1, "store": 1, "kmipc": 1, "pki": 1,
 	"kms": 2, "kms/kmipd": 2, "provider": 2, "provider/standard": 2, "inventory": 2, "policy": 2, "authz": 2, "task": 2, "event": 2, "hostapi": 2,
 	"vmx": 3, "host": 3, "center": 3,
@@ -24,8 +24,11 @@ var level = map[string]int{
 // path of level 1 is built from the formats beside it, and level 2's records
 // are shared by the packages that work on them.
 var allowed = map[string][]string{
+	"vmxfile":           {"atomicfile"},
+	"xts":               {"secret"},
 	"vdisk":             {"keysafe", "vmdk"},
-	"vmfiles":           {"keysafe", "vdisk"},
+	"vmdk":              {"keysafe"},
+	"vmfiles":           {"keysafe"},
 	"store":             {"rootkey"},
 	"provider/standard": {"provider"},
 	"authz":             {"inventory"},
