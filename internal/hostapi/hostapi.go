@@ -1,5 +1,5 @@
 // Package hostapi is the wire between center, host agents and vmx processes:
-// protobuf messages and gRPC services, without logic.
+// protobuf messages, gRPC services and the form of errors, without logic.
 //
 // Place in the flow: center calls a host over mutual TLS, a host calls its vmx
 // processes over unix sockets, and a joining host calls center once. It imports
