@@ -5,6 +5,7 @@ import (
 	"crypto/cipher"
 	"encoding/binary"
 	"errors"
+	"math/bits"
 	"reflect"
 	"unsafe"
 
@@ -20,7 +21,7 @@ import (
 // there into locked memory and clears the heap's copy, so that it lives outside
 // only while New runs, and Wipe means what it says.
 
-// expandGeneric makes c.data and c.tweak of the 64 bytes of key.
+// expandGeneric makes c.dataKey and c.tweakKey of the 64 bytes of key.
 func (c *Cipher) expandGeneric(key []byte) error {
 	data, err := aes.NewCipher(key[:KeySize/2])
 	if err != nil {
@@ -41,8 +42,8 @@ func (c *Cipher) expandGeneric(key []byte) error {
 		return err
 	}
 	c.keys.Use(func(locked []byte) {
-		c.data = move(data, typ, locked[:stride])
-		c.tweak = move(tweak, typ, locked[stride:])
+		c.dataKey = move(data, typ, locked[:stride])
+		c.tweakKey = move(tweak, typ, locked[stride:])
 	})
 	return nil
 }
@@ -75,28 +76,28 @@ func hasPointers(t reflect.Type) bool {
 }
 
 // cryptGeneric processes the units that the run touches one after another.
-func (c *Cipher) cryptGeneric(dst, src []byte, unit uint64, offset int, decrypt bool) {
+func (c *Cipher) cryptGeneric(dst, src []byte, unit tweak, offset int, decrypt bool) {
 	for len(src) > 0 {
 		n := min(UnitSize-offset, len(src))
 		c.cryptUnit(dst[:n], src[:n], unit, offset, decrypt)
-		dst, src, unit, offset = dst[n:], src[n:], unit+1, 0
+		dst, src, unit, offset = dst[n:], src[n:], unit.next(), 0
 	}
 }
 
 // cryptUnit processes a run of blocks inside one unit: IEEE 1619 clauses 5.3
 // and 5.4 without ciphertext stealing, which whole blocks never need.
-func (c *Cipher) cryptUnit(dst, src []byte, unit uint64, offset int, decrypt bool) {
+func (c *Cipher) cryptUnit(dst, src []byte, unit tweak, offset int, decrypt bool) {
 	le := binary.LittleEndian
 
 	// The tweak is encrypted in dst, the only memory at hand that may escape
 	// into an interface call without an allocation. src may be the same.
 	first0, first1 := le.Uint64(src), le.Uint64(src[8:])
-	le.PutUint64(dst, unit)
-	le.PutUint64(dst[8:], 0)
-	c.tweak.Encrypt(dst[:aes.BlockSize], dst[:aes.BlockSize])
-	t0, t1 := le.Uint64(dst), le.Uint64(dst[8:])
+	le.PutUint64(dst, unit.lo)
+	le.PutUint64(dst[8:], unit.hi)
+	c.tweakKey.Encrypt(dst[:aes.BlockSize], dst[:aes.BlockSize])
+	t := tweak{le.Uint64(dst), le.Uint64(dst[8:])}
 	for range offset / aes.BlockSize {
-		t0, t1 = double(t0, t1)
+		t = t.double()
 	}
 
 	for i := 0; i < len(src); i += aes.BlockSize {
@@ -105,22 +106,28 @@ func (c *Cipher) cryptUnit(dst, src []byte, unit uint64, offset int, decrypt boo
 			x0, x1 = le.Uint64(src[i:]), le.Uint64(src[i+8:])
 		}
 		block := dst[i : i+aes.BlockSize]
-		le.PutUint64(block, x0^t0)
-		le.PutUint64(block[8:], x1^t1)
+		le.PutUint64(block, x0^t.lo)
+		le.PutUint64(block[8:], x1^t.hi)
 		if decrypt {
-			c.data.Decrypt(block, block)
+			c.dataKey.Decrypt(block, block)
 		} else {
-			c.data.Encrypt(block, block)
+			c.dataKey.Encrypt(block, block)
 		}
-		le.PutUint64(block, le.Uint64(block)^t0)
-		le.PutUint64(block[8:], le.Uint64(block[8:])^t1)
-		t0, t1 = double(t0, t1)
+		le.PutUint64(block, le.Uint64(block)^t.lo)
+		le.PutUint64(block[8:], le.Uint64(block[8:])^t.hi)
+		t = t.double()
 	}
 }
 
-// double multiplies a tweak by x in GF(2^128) modulo x^128 + x^7 + x^2 + x + 1;
-// lo holds the coefficients below x^64. It does not branch on secret bits.
-func double(lo, hi uint64) (uint64, uint64) {
-	carry := -(hi >> 63)
-	return lo<<1 ^ carry&0x87, hi<<1 | lo>>63
+// next is the number after t.
+func (t tweak) next() tweak {
+	lo, carry := bits.Add64(t.lo, 1, 0)
+	return tweak{lo, t.hi + carry}
+}
+
+// double multiplies t by x in GF(2^128) modulo x^128 + x^7 + x^2 + x + 1. It does
+// not branch on secret bits.
+func (t tweak) double() tweak {
+	out := -(t.hi >> 63)
+	return tweak{t.lo<<1 ^ out&0x87, t.hi<<1 | t.lo>>63}
 }

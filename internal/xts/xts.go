@@ -49,7 +49,7 @@ type Cipher struct {
 	impl implementation
 	keys *secret.Key // the expanded keys, laid out as impl wants them
 
-	data, tweak cipher.Block // generic only: views of keys
+	dataKey, tweakKey cipher.Block // generic only: views of keys
 }
 
 // New expands key, of KeySize bytes, which stays the caller's to wipe: the
@@ -102,7 +102,7 @@ func (c *Cipher) Encrypt(dst, src []byte, unit uint64) {
 	if len(src)%UnitSize != 0 {
 		panic("xts: input is not whole units")
 	}
-	c.crypt(dst, src, unit, 0, false)
+	c.crypt(dst, src, tweak{lo: unit}, 0, false)
 }
 
 // Decrypt is the inverse of Encrypt.
@@ -110,7 +110,7 @@ func (c *Cipher) Decrypt(dst, src []byte, unit uint64) {
 	if len(src)%UnitSize != 0 {
 		panic("xts: input is not whole units")
 	}
-	c.crypt(dst, src, unit, 0, true)
+	c.crypt(dst, src, tweak{lo: unit}, 0, true)
 }
 
 // EncryptAt encrypts whole sectors of SectorSize bytes; the first one begins
@@ -119,15 +119,20 @@ func (c *Cipher) Decrypt(dst, src []byte, unit uint64) {
 // processed in one piece. It panics as Encrypt does, and when offset is not a
 // multiple of SectorSize below UnitSize.
 func (c *Cipher) EncryptAt(dst, src []byte, unit uint64, offset int) {
-	c.crypt(dst, src, unit, offset, false)
+	c.crypt(dst, src, tweak{lo: unit}, offset, false)
 }
 
 // DecryptAt is the inverse of EncryptAt.
 func (c *Cipher) DecryptAt(dst, src []byte, unit uint64, offset int) {
-	c.crypt(dst, src, unit, offset, true)
+	c.crypt(dst, src, tweak{lo: unit}, offset, true)
 }
 
-func (c *Cipher) crypt(dst, src []byte, unit uint64, offset int, decrypt bool) {
+// A tweak is the number of a unit, or what becomes of it, as the polynomial over
+// GF(2) whose coefficients below x^64 are in lo. The units of a disk have hi = 0;
+// NIST's vectors use all 128 bits.
+type tweak struct{ lo, hi uint64 }
+
+func (c *Cipher) crypt(dst, src []byte, unit tweak, offset int, decrypt bool) {
 	switch {
 	case len(src)%SectorSize != 0:
 		panic("xts: input is not whole sectors")

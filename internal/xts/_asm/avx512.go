@@ -1,0 +1,3 @@
+package main
+
+func avx512(decrypt bool) {}
