@@ -3162,6 +3162,7 @@ type VMXStatus struct {
 	FilesMount    string                 `protobuf:"bytes,5,opt,name=files_mount,json=filesMount,proto3" json:"files_mount,omitempty"` // of the FUSE view; empty when nothing is encrypted
 	Problem       string                 `protobuf:"bytes,6,opt,name=problem,proto3" json:"problem,omitempty"`
 	Info          *VMInfo                `protobuf:"bytes,7,opt,name=info,proto3" json:"info,omitempty"`
+	NvramPath     string                 `protobuf:"bytes,8,opt,name=nvram_path,json=nvramPath,proto3" json:"nvram_path,omitempty"` // of the firmware's variables, for QEMU; empty with a BIOS
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -3245,10 +3246,18 @@ func (x *VMXStatus) GetInfo() *VMInfo {
 	return nil
 }
 
+func (x *VMXStatus) GetNvramPath() string {
+	if x != nil {
+		return x.NvramPath
+	}
+	return ""
+}
+
 type ServedDisk struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	Uuid          string                 `protobuf:"bytes,1,opt,name=uuid,proto3" json:"uuid,omitempty"`
 	NbdSocket     string                 `protobuf:"bytes,2,opt,name=nbd_socket,json=nbdSocket,proto3" json:"nbd_socket,omitempty"`
+	Controller    string                 `protobuf:"bytes,3,opt,name=controller,proto3" json:"controller,omitempty"` // "scsi0:0"
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -3293,6 +3302,13 @@ func (x *ServedDisk) GetUuid() string {
 func (x *ServedDisk) GetNbdSocket() string {
 	if x != nil {
 		return x.NbdSocket
+	}
+	return ""
+}
+
+func (x *ServedDisk) GetController() string {
+	if x != nil {
+		return x.Controller
 	}
 	return ""
 }
@@ -3721,7 +3737,7 @@ const file_internal_hostapi_hostapi_proto_rawDesc = "" +
 	"\x15VMXReconfigureRequest\x12=\n" +
 	"\x06change\x18\x01 \x01(\v2%.mortise.host.v1.ReconfigureVMRequestR\x06change\x12(\n" +
 	"\x04keys\x18\x02 \x03(\v2\x14.mortise.host.v1.KEKR\x04keys\"\x0f\n" +
-	"\rStatusRequest\"\xe8\x01\n" +
+	"\rStatusRequest\"\x87\x02\n" +
 	"\tVMXStatus\x12\x12\n" +
 	"\x04uuid\x18\x01 \x01(\tR\x04uuid\x12\x12\n" +
 	"\x04open\x18\x02 \x01(\bR\x04open\x12\x18\n" +
@@ -3730,12 +3746,17 @@ const file_internal_hostapi_hostapi_proto_rawDesc = "" +
 	"\vfiles_mount\x18\x05 \x01(\tR\n" +
 	"filesMount\x12\x18\n" +
 	"\aproblem\x18\x06 \x01(\tR\aproblem\x12+\n" +
-	"\x04info\x18\a \x01(\v2\x17.mortise.host.v1.VMInfoR\x04info\"?\n" +
+	"\x04info\x18\a \x01(\v2\x17.mortise.host.v1.VMInfoR\x04info\x12\x1d\n" +
+	"\n" +
+	"nvram_path\x18\b \x01(\tR\tnvramPath\"_\n" +
 	"\n" +
 	"ServedDisk\x12\x12\n" +
 	"\x04uuid\x18\x01 \x01(\tR\x04uuid\x12\x1d\n" +
 	"\n" +
-	"nbd_socket\x18\x02 \x01(\tR\tnbdSocket\"\r\n" +
+	"nbd_socket\x18\x02 \x01(\tR\tnbdSocket\x12\x1e\n" +
+	"\n" +
+	"controller\x18\x03 \x01(\tR\n" +
+	"controller\"\r\n" +
 	"\vKeysRequest\"\x0e\n" +
 	"\fCloseRequest\"\f\n" +
 	"\n" +
