@@ -8,6 +8,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"io/fs"
 	"os"
 	"path/filepath"
 
@@ -181,6 +182,34 @@ func SaveKeyPair(path string, chain []*x509.Certificate, key crypto.Signer) erro
 	}
 	defer k.Wipe()
 	return write(path, EncodeCertificates(chain...), k)
+}
+
+// LoadOrMakeKey reads the private key in a PEM file of mode 0600, or makes one,
+// ECDSA P-256, and saves it durably first: whoever asks for a certificate must
+// still have the key when the answer was lost and it asks again.
+func LoadOrMakeKey(path string) (crypto.Signer, error) {
+	text, err := readPEM(path, true)
+	if err == nil {
+		defer clear(text)
+		key, err := ParsePrivateKey(text)
+		if err != nil {
+			return nil, fmt.Errorf("%s: %w", path, err)
+		}
+		return key, nil
+	}
+	if !errors.Is(err, fs.ErrNotExist) {
+		return nil, err
+	}
+	key, err := GenerateKey()
+	if err != nil {
+		return nil, err
+	}
+	k, err := MarshalKey(key)
+	if err != nil {
+		return nil, err
+	}
+	defer k.Wipe()
+	return key, write(path, nil, k)
 }
 
 // SaveCertificates writes a PEM file that anybody may read, in one step.

@@ -54,6 +54,10 @@ const (
 	RoleKMS    = "kms"
 )
 
+// CenterName is the name within its role that every center goes by: a trust
+// domain has one center, and hosts know it by its CA.
+const CenterName = "center"
+
 var (
 	validRole = regexp.MustCompile(`^[a-z][a-z-]{0,31}$`)
 	validName = regexp.MustCompile(`^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$`)
