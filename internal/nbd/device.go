@@ -2,11 +2,14 @@ package nbd
 
 import "context"
 
+// SectorSize is the smallest unit of a request, in bytes: the guest's logical
+// block.
+const SectorSize = 512
+
 // Device is a virtual disk as the server sees it: a range of bytes that every
 // connection shares. All methods may be called at the same time from many
-// goroutines. The server has checked that a range lies inside the disk and,
-// but for BlockStatus, that it is not empty; it does not check that a range is
-// aligned to anything, although clients are told to keep to 512 bytes.
+// goroutines. The server has checked that a range is not empty, lies inside
+// the disk, and begins and ends on a sector.
 //
 // Buffers belong to the caller and begin on a 4096-byte boundary in memory; a
 // device keeps none of them after it returns.
@@ -14,8 +17,8 @@ import "context"
 // Errors are sent to the client as the errno that they wrap ([syscall.Errno]);
 // one that wraps none is an EIO. Their text is logged, never sent.
 type Device interface {
-	// Size is the disk's length in bytes. It may grow; a client sees the new
-	// size when it connects again.
+	// Size is the disk's length in bytes, a multiple of SectorSize. It may
+	// grow; a client sees the new size when it connects again.
 	Size() int64
 
 	// ReadAt fills p with the bytes at off, or fails. Two calls that
@@ -45,8 +48,8 @@ type Device interface {
 	WriteZeroes(off, n int64, punch bool) error
 
 	// BlockStatus describes the n bytes at off as extents, in order and
-	// without gaps, until emit returns false or the range is covered. The
-	// last extent may be cut to the range or reach beyond it.
+	// without gaps, until emit returns false or the range is covered. An
+	// extent has whole sectors; the last one may reach beyond the range.
 	BlockStatus(off, n int64, emit func(n int64, s Status) bool) error
 }
 

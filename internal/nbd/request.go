@@ -1,0 +1,259 @@
+package nbd
+
+import (
+	"bytes"
+	"encoding/binary"
+	"errors"
+	"sync/atomic"
+	"time"
+)
+
+// request is one command on its way through the server. Requests are used
+// again and again: serving one allocates nothing.
+type request struct {
+	header
+	errno   errno
+	reason  string // what was wrong with the request, for the client
+	dropped bool   // never reached the device; not answered
+
+	buf  *buffer // payload of a write, result of a read or of block status
+	cost int     // bytes of buf that count against the connection's limit
+
+	head     [96]byte // the reply's headers
+	headLen  int
+	tail     []byte // what follows them
+	extents  int    // descriptors in buf
+	covered  uint64 // bytes that they describe
+	describe func(n int64, s Status) bool
+}
+
+func newRequest() *request {
+	r := &request{}
+	r.describe = r.addExtent
+	return r
+}
+
+// small reports whether r moves so little data that it may be quick.
+func (r *request) small() bool {
+	return (r.cmd == cmdRead || r.cmd == cmdWrite) && r.n <= smallRequest && r.flags&cmdFlagFUA == 0
+}
+
+func (r *request) refuse(e errno, reason string) { r.errno, r.reason = e, reason }
+
+// check finds what is wrong with a request before anything is done for it.
+func (c *conn) check(r *request) {
+	h := &r.header
+	allowed := uint16(cmdFlagFUA)
+	changes, ranged := false, true
+	switch h.cmd {
+	case cmdRead:
+		if c.structured {
+			allowed |= cmdFlagDF
+		}
+	case cmdWrite, cmdTrim:
+		changes = true
+	case cmdWriteZeroes:
+		changes = true
+		allowed |= cmdFlagNoHole | cmdFlagFastZero
+	case cmdFlush:
+		ranged = false
+	case cmdBlockStatus:
+		allowed |= cmdFlagReqOne
+		if !c.meta {
+			r.refuse(eINVAL, "no metadata context was chosen")
+			return
+		}
+	default:
+		r.refuse(eINVAL, "unknown command")
+		return
+	}
+	size := uint64(c.exp.dev.Size())
+	switch {
+	case h.flags&^allowed != 0:
+		r.refuse(eINVAL, "flag not meant for this command")
+	case changes && c.exp.readOnly:
+		r.refuse(ePERM, "the export is read-only")
+	case !ranged && (h.off != 0 || h.n != 0):
+		r.refuse(eINVAL, "a flush has no range")
+	case !ranged:
+	case h.off%SectorSize != 0 || h.n%SectorSize != 0:
+		r.refuse(eINVAL, "not whole sectors of 512 bytes")
+	case h.off > size || uint64(h.n) > size-h.off:
+		e := eINVAL
+		if h.cmd == cmdWrite || h.cmd == cmdWriteZeroes {
+			e = eNOSPC
+		}
+		r.refuse(e, "beyond the end of the disk")
+	case h.cmd == cmdRead && h.n > maxPayload:
+		r.refuse(eOVERFLOW, "more than 32 MiB")
+	case h.cmd == cmdBlockStatus && h.n == 0:
+		r.refuse(eINVAL, "empty range")
+	}
+}
+
+// serve does what r asks for and makes its reply.
+func (c *conn) serve(r *request) {
+	if r.errno == 0 {
+		if !c.exp.gate.enter(c.stop) {
+			r.dropped = true
+			return
+		}
+		err := c.do(r)
+		c.exp.gate.leave()
+		if err != nil {
+			r.errno = errnoOf(err)
+			if r.errno != eNOTSUP || r.flags&cmdFlagFastZero == 0 {
+				c.exp.fault(r, err)
+			}
+		}
+	}
+	r.reply(c.structured)
+}
+
+func (c *conn) do(r *request) error {
+	dev, off, n := c.exp.dev, int64(r.off), int64(r.n)
+	if n == 0 && r.cmd != cmdFlush {
+		return nil
+	}
+	var err error
+	switch r.cmd {
+	case cmdRead:
+		return dev.ReadAt(r.buf.b[:n], off)
+	case cmdBlockStatus:
+		return dev.BlockStatus(off, n, r.describe)
+	case cmdFlush:
+		return dev.Flush(c.ctx)
+	case cmdWrite:
+		err = dev.WriteAt(r.buf.b[:n], off)
+	case cmdTrim:
+		err = dev.Trim(off, n)
+	case cmdWriteZeroes:
+		err = dev.WriteZeroes(off, n, r.flags&cmdFlagNoHole == 0)
+		if errors.Is(err, errors.ErrUnsupported) && r.flags&cmdFlagFastZero == 0 {
+			err = c.writeZeroes(off, n)
+		}
+	}
+	if err == nil && r.flags&cmdFlagFUA != 0 {
+		err = dev.Flush(c.ctx)
+	}
+	return err
+}
+
+// zeroPiece is how much the server writes at once for a device that cannot
+// zero by itself, in bytes.
+const zeroPiece = 256 << 10
+
+func (c *conn) writeZeroes(off, n int64) error {
+	buf := c.srv.pool.get(zeroPiece)
+	defer c.srv.pool.put(buf)
+	for n > 0 {
+		p := buf.b[:min(n, zeroPiece)]
+		clear(p) // WriteAt may have changed it
+		if err := c.exp.dev.WriteAt(p, off); err != nil {
+			return err
+		}
+		off += int64(len(p))
+		n -= int64(len(p))
+	}
+	return nil
+}
+
+// addExtent puts what a device says of a range into an answer to BLOCK_STATUS.
+func (r *request) addExtent(n int64, s Status) bool {
+	left := uint64(r.n) - r.covered
+	if n <= 0 || left == 0 {
+		return false
+	}
+	part := uint32(min(uint64(n), left))
+	b := r.buf.b[4+8*r.extents:]
+	if r.extents > 0 && Status(binary.BigEndian.Uint32(r.buf.b[8*r.extents:])) == s {
+		last := r.buf.b[8*r.extents-4:] // the length of the extent before
+		binary.BigEndian.PutUint32(last, binary.BigEndian.Uint32(last)+part)
+	} else if r.extents == maxExtents || r.extents == 1 && r.flags&cmdFlagReqOne != 0 {
+		return false
+	} else {
+		binary.BigEndian.PutUint32(b, part)
+		binary.BigEndian.PutUint32(b[4:], uint32(s&(Hole|Zero)))
+		r.extents++
+	}
+	r.covered += uint64(part)
+	return r.covered < uint64(r.n)
+}
+
+// reply encodes the answer.
+func (r *request) reply(structured bool) {
+	r.tail = nil
+	payload := r.cmd == cmdRead || r.cmd == cmdBlockStatus
+	switch {
+	case r.errno != 0 && structured:
+		b := r.chunk(chunkError, 6+len(r.reason))
+		b = binary.BigEndian.AppendUint32(b, uint32(r.errno))
+		b = binary.BigEndian.AppendUint16(b, uint16(len(r.reason)))
+		r.headLen = len(append(b, r.reason...))
+	case r.errno != 0 || !structured || !payload:
+		b := binary.BigEndian.AppendUint32(r.head[:0], magicSimple)
+		b = binary.BigEndian.AppendUint32(b, uint32(r.errno))
+		r.headLen = len(binary.BigEndian.AppendUint64(b, r.cookie))
+		if r.cmd == cmdRead && r.errno == 0 && r.n > 0 {
+			r.tail = r.buf.b[:r.n]
+		}
+	case r.cmd == cmdBlockStatus:
+		if r.extents == 0 {
+			r.addExtent(int64(r.n), 0)
+		}
+		binary.BigEndian.PutUint32(r.buf.b, metaAllocationID)
+		r.tail = r.buf.b[:4+8*r.extents]
+		r.headLen = len(r.chunk(chunkBlockStatus, len(r.tail)))
+	case r.n == 0:
+		r.headLen = len(r.chunk(chunkNone, 0))
+	case isZero(r.buf.b[:r.n]):
+		b := binary.BigEndian.AppendUint64(r.chunk(chunkOffsetHole, 12), r.off)
+		r.headLen = len(binary.BigEndian.AppendUint32(b, r.n))
+	default:
+		r.tail = r.buf.b[:r.n]
+		b := r.chunk(chunkOffsetData, 8+len(r.tail))
+		r.headLen = len(binary.BigEndian.AppendUint64(b, r.off))
+	}
+}
+
+// chunk begins the only chunk of a structured reply.
+func (r *request) chunk(kind uint16, n int) []byte {
+	b := binary.BigEndian.AppendUint32(r.head[:0], magicStructured)
+	b = binary.BigEndian.AppendUint16(b, chunkDone)
+	b = binary.BigEndian.AppendUint16(b, kind)
+	b = binary.BigEndian.AppendUint64(b, r.cookie)
+	return binary.BigEndian.AppendUint32(b, uint32(n))
+}
+
+// isZero reports whether p, of whole sectors, holds only zeros. Data mostly
+// shows in the first bytes.
+func isZero(p []byte) bool {
+	for len(p) > 0 {
+		n := min(len(p), len(zeros))
+		if p[0] != 0 || !bytes.Equal(p[:n], zeros[:n]) {
+			return false
+		}
+		p = p[n:]
+	}
+	return true
+}
+
+var zeros [4096]byte // never written
+
+// throttle lets one message a second through and counts the others.
+type throttle struct {
+	next    atomic.Int64 // Unix time in nanoseconds
+	skipped atomic.Int64
+}
+
+// fault logs what a device could not do.
+func (e *Export) fault(r *request, err error) {
+	now := time.Now()
+	next := e.faults.next.Load()
+	if now.UnixNano() < next || !e.faults.next.CompareAndSwap(next, now.Add(time.Second).UnixNano()) {
+		e.faults.skipped.Add(1)
+		return
+	}
+	e.srv.opt.Logger.Error("nbd: device failed", "export", e.name, "command", r.cmd.String(),
+		"offset", r.off, "length", r.n, "error", err, "similar", e.faults.skipped.Swap(0))
+}
