@@ -13,9 +13,21 @@ const scheduleSize = 3 * 256
 
 // available lists what this CPU can run, the fastest last.
 func available() []implementation {
+	x := &cpu.X86
 	impls := []implementation{generic}
-	if cpu.X86.HasAES && cpu.X86.HasPCLMULQDQ && cpu.X86.HasSSE41 {
-		impls = append(impls, aesni)
+	if !x.HasAES || !x.HasPCLMULQDQ || !x.HasSSE41 {
+		return impls
+	}
+	impls = append(impls, aesni)
+	if x.HasAVX2 {
+		// The cpu package tells of these two only on CPUs with AVX-512.
+		const vaes, vpclmulqdq = 1 << 9, 1 << 10
+		if cpuid7()&(vaes|vpclmulqdq) == vaes|vpclmulqdq {
+			impls = append(impls, avx2)
+		}
+	}
+	if x.HasAVX512F && x.HasAVX512VL && x.HasAVX512BW && x.HasAVX512VAES && x.HasAVX512VPCLMULQDQ {
+		impls = append(impls, avx512)
 	}
 	return impls
 }
@@ -41,6 +53,14 @@ func cryptAsm(impl implementation, keys, dst, src []byte, unit tweak, offset int
 		encryptAESNI(k, d, s, n, unit.lo, unit.hi, skip)
 	case impl == aesni:
 		decryptAESNI(k, d, s, n, unit.lo, unit.hi, skip)
+	case impl == avx2 && !decrypt:
+		encryptAVX2(k, d, s, n, unit.lo, unit.hi, skip)
+	case impl == avx2:
+		decryptAVX2(k, d, s, n, unit.lo, unit.hi, skip)
+	case impl == avx512 && !decrypt:
+		encryptAVX512(k, d, s, n, unit.lo, unit.hi, skip)
+	case impl == avx512:
+		decryptAVX512(k, d, s, n, unit.lo, unit.hi, skip)
 	default:
 		panic("xts: no assembly for " + impl.String())
 	}

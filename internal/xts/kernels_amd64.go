@@ -10,9 +10,9 @@ package xts
 //go:noescape
 func expandAESNI(key *byte, keys *byte)
 
-// cpuid7 returns two words of the extended feature flags: CPUID leaf 7.
-// The CPU must have that leaf.
-func cpuid7() (ebx uint32, ecx uint32)
+// cpuid7 returns ECX of CPUID leaf 7, subleaf 0: extended feature flags. The CPU
+// must have that leaf.
+func cpuid7() (ecx uint32)
 
 // encryptAESNI encrypts eight blocks at a time.
 //
@@ -21,9 +21,37 @@ func cpuid7() (ebx uint32, ecx uint32)
 //go:noescape
 func encryptAESNI(keys *byte, dst *byte, src *byte, sectors uint64, lo uint64, hi uint64, skip uint64)
 
+// encryptAVX2 encrypts sixteen blocks at a time.
+//
+// See cryptAsm for the parameters.
+//
+//go:noescape
+func encryptAVX2(keys *byte, dst *byte, src *byte, sectors uint64, lo uint64, hi uint64, skip uint64)
+
+// encryptAVX512 encrypts thirty-two blocks at a time.
+//
+// See cryptAsm for the parameters.
+//
+//go:noescape
+func encryptAVX512(keys *byte, dst *byte, src *byte, sectors uint64, lo uint64, hi uint64, skip uint64)
+
 // decryptAESNI decrypts eight blocks at a time.
 //
 // See cryptAsm for the parameters.
 //
 //go:noescape
 func decryptAESNI(keys *byte, dst *byte, src *byte, sectors uint64, lo uint64, hi uint64, skip uint64)
+
+// decryptAVX2 decrypts sixteen blocks at a time.
+//
+// See cryptAsm for the parameters.
+//
+//go:noescape
+func decryptAVX2(keys *byte, dst *byte, src *byte, sectors uint64, lo uint64, hi uint64, skip uint64)
+
+// decryptAVX512 decrypts thirty-two blocks at a time.
+//
+// See cryptAsm for the parameters.
+//
+//go:noescape
+func decryptAVX512(keys *byte, dst *byte, src *byte, sectors uint64, lo uint64, hi uint64, skip uint64)

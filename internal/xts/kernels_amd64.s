@@ -406,15 +406,156 @@ TEXT ·expandAESNI(SB), NOSPLIT, $0-16
 	PXOR   X3, X3
 	RET
 
-// func cpuid7() (ebx uint32, ecx uint32)
+// func cpuid7() (ecx uint32)
 // Requires: CPUID
-TEXT ·cpuid7(SB), NOSPLIT, $0-8
+TEXT ·cpuid7(SB), NOSPLIT, $0-4
 	MOVL $0x00000007, AX
 	XORL CX, CX
 	CPUID
-	MOVL BX, ebx+0(FP)
-	MOVL CX, ecx+4(FP)
+	MOVL CX, ecx+0(FP)
 	RET
+
+DATA shiftsUp<>+0(SB)/8, $0x0000000000000000
+DATA shiftsUp<>+8(SB)/8, $0x0000000000000000
+DATA shiftsUp<>+16(SB)/8, $0x0000000000000001
+DATA shiftsUp<>+24(SB)/8, $0x0000000000000001
+DATA shiftsUp<>+32(SB)/8, $0x0000000000000002
+DATA shiftsUp<>+40(SB)/8, $0x0000000000000002
+DATA shiftsUp<>+48(SB)/8, $0x0000000000000003
+DATA shiftsUp<>+56(SB)/8, $0x0000000000000003
+DATA shiftsUp<>+64(SB)/8, $0x0000000000000004
+DATA shiftsUp<>+72(SB)/8, $0x0000000000000004
+DATA shiftsUp<>+80(SB)/8, $0x0000000000000005
+DATA shiftsUp<>+88(SB)/8, $0x0000000000000005
+DATA shiftsUp<>+96(SB)/8, $0x0000000000000006
+DATA shiftsUp<>+104(SB)/8, $0x0000000000000006
+DATA shiftsUp<>+112(SB)/8, $0x0000000000000007
+DATA shiftsUp<>+120(SB)/8, $0x0000000000000007
+DATA shiftsUp<>+128(SB)/8, $0x0000000000000008
+DATA shiftsUp<>+136(SB)/8, $0x0000000000000008
+DATA shiftsUp<>+144(SB)/8, $0x0000000000000009
+DATA shiftsUp<>+152(SB)/8, $0x0000000000000009
+DATA shiftsUp<>+160(SB)/8, $0x000000000000000a
+DATA shiftsUp<>+168(SB)/8, $0x000000000000000a
+DATA shiftsUp<>+176(SB)/8, $0x000000000000000b
+DATA shiftsUp<>+184(SB)/8, $0x000000000000000b
+DATA shiftsUp<>+192(SB)/8, $0x000000000000000c
+DATA shiftsUp<>+200(SB)/8, $0x000000000000000c
+DATA shiftsUp<>+208(SB)/8, $0x000000000000000d
+DATA shiftsUp<>+216(SB)/8, $0x000000000000000d
+DATA shiftsUp<>+224(SB)/8, $0x000000000000000e
+DATA shiftsUp<>+232(SB)/8, $0x000000000000000e
+DATA shiftsUp<>+240(SB)/8, $0x000000000000000f
+DATA shiftsUp<>+248(SB)/8, $0x000000000000000f
+DATA shiftsUp<>+256(SB)/8, $0x0000000000000010
+DATA shiftsUp<>+264(SB)/8, $0x0000000000000010
+DATA shiftsUp<>+272(SB)/8, $0x0000000000000011
+DATA shiftsUp<>+280(SB)/8, $0x0000000000000011
+DATA shiftsUp<>+288(SB)/8, $0x0000000000000012
+DATA shiftsUp<>+296(SB)/8, $0x0000000000000012
+DATA shiftsUp<>+304(SB)/8, $0x0000000000000013
+DATA shiftsUp<>+312(SB)/8, $0x0000000000000013
+DATA shiftsUp<>+320(SB)/8, $0x0000000000000014
+DATA shiftsUp<>+328(SB)/8, $0x0000000000000014
+DATA shiftsUp<>+336(SB)/8, $0x0000000000000015
+DATA shiftsUp<>+344(SB)/8, $0x0000000000000015
+DATA shiftsUp<>+352(SB)/8, $0x0000000000000016
+DATA shiftsUp<>+360(SB)/8, $0x0000000000000016
+DATA shiftsUp<>+368(SB)/8, $0x0000000000000017
+DATA shiftsUp<>+376(SB)/8, $0x0000000000000017
+DATA shiftsUp<>+384(SB)/8, $0x0000000000000018
+DATA shiftsUp<>+392(SB)/8, $0x0000000000000018
+DATA shiftsUp<>+400(SB)/8, $0x0000000000000019
+DATA shiftsUp<>+408(SB)/8, $0x0000000000000019
+DATA shiftsUp<>+416(SB)/8, $0x000000000000001a
+DATA shiftsUp<>+424(SB)/8, $0x000000000000001a
+DATA shiftsUp<>+432(SB)/8, $0x000000000000001b
+DATA shiftsUp<>+440(SB)/8, $0x000000000000001b
+DATA shiftsUp<>+448(SB)/8, $0x000000000000001c
+DATA shiftsUp<>+456(SB)/8, $0x000000000000001c
+DATA shiftsUp<>+464(SB)/8, $0x000000000000001d
+DATA shiftsUp<>+472(SB)/8, $0x000000000000001d
+DATA shiftsUp<>+480(SB)/8, $0x000000000000001e
+DATA shiftsUp<>+488(SB)/8, $0x000000000000001e
+DATA shiftsUp<>+496(SB)/8, $0x000000000000001f
+DATA shiftsUp<>+504(SB)/8, $0x000000000000001f
+GLOBL shiftsUp<>(SB), RODATA|NOPTR, $512
+
+DATA shiftsDown<>+0(SB)/8, $0x0000000000000040
+DATA shiftsDown<>+8(SB)/8, $0x0000000000000040
+DATA shiftsDown<>+16(SB)/8, $0x000000000000003f
+DATA shiftsDown<>+24(SB)/8, $0x000000000000003f
+DATA shiftsDown<>+32(SB)/8, $0x000000000000003e
+DATA shiftsDown<>+40(SB)/8, $0x000000000000003e
+DATA shiftsDown<>+48(SB)/8, $0x000000000000003d
+DATA shiftsDown<>+56(SB)/8, $0x000000000000003d
+DATA shiftsDown<>+64(SB)/8, $0x000000000000003c
+DATA shiftsDown<>+72(SB)/8, $0x000000000000003c
+DATA shiftsDown<>+80(SB)/8, $0x000000000000003b
+DATA shiftsDown<>+88(SB)/8, $0x000000000000003b
+DATA shiftsDown<>+96(SB)/8, $0x000000000000003a
+DATA shiftsDown<>+104(SB)/8, $0x000000000000003a
+DATA shiftsDown<>+112(SB)/8, $0x0000000000000039
+DATA shiftsDown<>+120(SB)/8, $0x0000000000000039
+DATA shiftsDown<>+128(SB)/8, $0x0000000000000038
+DATA shiftsDown<>+136(SB)/8, $0x0000000000000038
+DATA shiftsDown<>+144(SB)/8, $0x0000000000000037
+DATA shiftsDown<>+152(SB)/8, $0x0000000000000037
+DATA shiftsDown<>+160(SB)/8, $0x0000000000000036
+DATA shiftsDown<>+168(SB)/8, $0x0000000000000036
+DATA shiftsDown<>+176(SB)/8, $0x0000000000000035
+DATA shiftsDown<>+184(SB)/8, $0x0000000000000035
+DATA shiftsDown<>+192(SB)/8, $0x0000000000000034
+DATA shiftsDown<>+200(SB)/8, $0x0000000000000034
+DATA shiftsDown<>+208(SB)/8, $0x0000000000000033
+DATA shiftsDown<>+216(SB)/8, $0x0000000000000033
+DATA shiftsDown<>+224(SB)/8, $0x0000000000000032
+DATA shiftsDown<>+232(SB)/8, $0x0000000000000032
+DATA shiftsDown<>+240(SB)/8, $0x0000000000000031
+DATA shiftsDown<>+248(SB)/8, $0x0000000000000031
+DATA shiftsDown<>+256(SB)/8, $0x0000000000000030
+DATA shiftsDown<>+264(SB)/8, $0x0000000000000030
+DATA shiftsDown<>+272(SB)/8, $0x000000000000002f
+DATA shiftsDown<>+280(SB)/8, $0x000000000000002f
+DATA shiftsDown<>+288(SB)/8, $0x000000000000002e
+DATA shiftsDown<>+296(SB)/8, $0x000000000000002e
+DATA shiftsDown<>+304(SB)/8, $0x000000000000002d
+DATA shiftsDown<>+312(SB)/8, $0x000000000000002d
+DATA shiftsDown<>+320(SB)/8, $0x000000000000002c
+DATA shiftsDown<>+328(SB)/8, $0x000000000000002c
+DATA shiftsDown<>+336(SB)/8, $0x000000000000002b
+DATA shiftsDown<>+344(SB)/8, $0x000000000000002b
+DATA shiftsDown<>+352(SB)/8, $0x000000000000002a
+DATA shiftsDown<>+360(SB)/8, $0x000000000000002a
+DATA shiftsDown<>+368(SB)/8, $0x0000000000000029
+DATA shiftsDown<>+376(SB)/8, $0x0000000000000029
+DATA shiftsDown<>+384(SB)/8, $0x0000000000000028
+DATA shiftsDown<>+392(SB)/8, $0x0000000000000028
+DATA shiftsDown<>+400(SB)/8, $0x0000000000000027
+DATA shiftsDown<>+408(SB)/8, $0x0000000000000027
+DATA shiftsDown<>+416(SB)/8, $0x0000000000000026
+DATA shiftsDown<>+424(SB)/8, $0x0000000000000026
+DATA shiftsDown<>+432(SB)/8, $0x0000000000000025
+DATA shiftsDown<>+440(SB)/8, $0x0000000000000025
+DATA shiftsDown<>+448(SB)/8, $0x0000000000000024
+DATA shiftsDown<>+456(SB)/8, $0x0000000000000024
+DATA shiftsDown<>+464(SB)/8, $0x0000000000000023
+DATA shiftsDown<>+472(SB)/8, $0x0000000000000023
+DATA shiftsDown<>+480(SB)/8, $0x0000000000000022
+DATA shiftsDown<>+488(SB)/8, $0x0000000000000022
+DATA shiftsDown<>+496(SB)/8, $0x0000000000000021
+DATA shiftsDown<>+504(SB)/8, $0x0000000000000021
+GLOBL shiftsDown<>(SB), RODATA|NOPTR, $512
+
+DATA reduction<>+0(SB)/8, $0x0000000000000087
+DATA reduction<>+8(SB)/8, $0x0000000000000000
+DATA reduction<>+16(SB)/8, $0x0000000000000087
+DATA reduction<>+24(SB)/8, $0x0000000000000000
+DATA reduction<>+32(SB)/8, $0x0000000000000087
+DATA reduction<>+40(SB)/8, $0x0000000000000000
+DATA reduction<>+48(SB)/8, $0x0000000000000087
+DATA reduction<>+56(SB)/8, $0x0000000000000000
+GLOBL reduction<>(SB), RODATA|NOPTR, $64
 
 // func encryptAESNI(keys *byte, dst *byte, src *byte, sectors uint64, lo uint64, hi uint64, skip uint64)
 // Requires: AES, CMOV, PCLMULQDQ, SSE2, SSE4.1
@@ -426,8 +567,7 @@ TEXT ·encryptAESNI(SB), NOSPLIT, $128-56
 	MOVQ       lo+32(FP), SI
 	MOVQ       hi+40(FP), DI
 	MOVQ       skip+48(FP), R8
-	MOVQ       $0x0000000000000087, R9
-	MOVQ       R9, X11
+	MOVOU      reduction<>+0(SB), X11
 	MOVQ       SI, X10
 	PINSRQ     $0x01, DI, X10
 	PXOR       512(AX), X10
@@ -833,6 +973,673 @@ batch:
 	MOVOU      X0, 112(SP)
 	RET
 
+// func encryptAVX2(keys *byte, dst *byte, src *byte, sectors uint64, lo uint64, hi uint64, skip uint64)
+// Requires: AES, AVX, AVX2, CMOV, PCLMULQDQ, VAES, VPCLMULQDQ
+TEXT ·encryptAVX2(SB), NOSPLIT, $128-56
+	MOVQ        keys+0(FP), AX
+	MOVQ        dst+8(FP), CX
+	MOVQ        src+16(FP), DX
+	MOVQ        sectors+24(FP), BX
+	MOVQ        lo+32(FP), SI
+	MOVQ        hi+40(FP), DI
+	MOVQ        skip+48(FP), R8
+	VMOVDQU     reduction<>+0(SB), Y11
+	VMOVQ       SI, X10
+	VPINSRQ     $0x01, DI, X10, X10
+	VPXOR       512(AX), X10, X10
+	VAESENC     528(AX), X10, X10
+	VAESENC     544(AX), X10, X10
+	VAESENC     560(AX), X10, X10
+	VAESENC     576(AX), X10, X10
+	VAESENC     592(AX), X10, X10
+	VAESENC     608(AX), X10, X10
+	VAESENC     624(AX), X10, X10
+	VAESENC     640(AX), X10, X10
+	VAESENC     656(AX), X10, X10
+	VAESENC     672(AX), X10, X10
+	VAESENC     688(AX), X10, X10
+	VAESENC     704(AX), X10, X10
+	VAESENC     720(AX), X10, X10
+	VAESENCLAST 736(AX), X10, X10
+	TESTQ       R8, R8
+	JZ          unit
+
+skip:
+	VPSRLDQ    $0x0c, X10, X0
+	VPSLLDQ    $0x04, X10, X10
+	VPCLMULQDQ $0x00, X11, X0, X0
+	VPXOR      X0, X10, X10
+	DECQ       R8
+	JNZ        skip
+	MOVQ       skip+48(FP), R8
+
+unit:
+	// count = min(sectors, 8 - skip); only the first unit skips.
+	MOVQ        $0x0000000000000008, R9
+	SUBQ        R8, R9
+	XORQ        R8, R8
+	CMPQ        BX, R9
+	CMOVQCS     BX, R9
+	SUBQ        R9, BX
+	IMUL3Q      $0x00000002, R9, R9
+	VINSERTI128 $0x01, X10, Y10, Y9
+	VPSLLVQ     shiftsUp<>+0(SB), Y9, Y12
+	VPSRLVQ     shiftsDown<>+0(SB), Y9, Y1
+	VPSLLDQ     $0x08, Y1, Y2
+	VPCLMULQDQ  $0x01, Y11, Y1, Y1
+	VPXOR       Y2, Y12, Y12
+	VPXOR       Y1, Y12, Y12
+	VPSLLVQ     shiftsUp<>+32(SB), Y9, Y13
+	VPSRLVQ     shiftsDown<>+32(SB), Y9, Y1
+	VPSLLDQ     $0x08, Y1, Y2
+	VPCLMULQDQ  $0x01, Y11, Y1, Y1
+	VPXOR       Y2, Y13, Y13
+	VPXOR       Y1, Y13, Y13
+	VPSLLVQ     shiftsUp<>+64(SB), Y9, Y14
+	VPSRLVQ     shiftsDown<>+64(SB), Y9, Y1
+	VPSLLDQ     $0x08, Y1, Y2
+	VPCLMULQDQ  $0x01, Y11, Y1, Y1
+	VPXOR       Y2, Y14, Y14
+	VPXOR       Y1, Y14, Y14
+	VPSLLVQ     shiftsUp<>+96(SB), Y9, Y15
+	VPSRLVQ     shiftsDown<>+96(SB), Y9, Y1
+	VPSLLDQ     $0x08, Y1, Y2
+	VPCLMULQDQ  $0x01, Y11, Y1, Y1
+	VPXOR       Y2, Y15, Y15
+	VPXOR       Y1, Y15, Y15
+	VPSLLVQ     shiftsUp<>+128(SB), Y9, Y0
+	VPSRLVQ     shiftsDown<>+128(SB), Y9, Y1
+	VPSLLDQ     $0x08, Y1, Y2
+	VPCLMULQDQ  $0x01, Y11, Y1, Y1
+	VPXOR       Y2, Y0, Y0
+	VPXOR       Y1, Y0, Y0
+	VMOVDQU     Y0, (SP)
+	VPSLLVQ     shiftsUp<>+160(SB), Y9, Y0
+	VPSRLVQ     shiftsDown<>+160(SB), Y9, Y1
+	VPSLLDQ     $0x08, Y1, Y2
+	VPCLMULQDQ  $0x01, Y11, Y1, Y1
+	VPXOR       Y2, Y0, Y0
+	VPXOR       Y1, Y0, Y0
+	VMOVDQU     Y0, 32(SP)
+	VPSLLVQ     shiftsUp<>+192(SB), Y9, Y0
+	VPSRLVQ     shiftsDown<>+192(SB), Y9, Y1
+	VPSLLDQ     $0x08, Y1, Y2
+	VPCLMULQDQ  $0x01, Y11, Y1, Y1
+	VPXOR       Y2, Y0, Y0
+	VPXOR       Y1, Y0, Y0
+	VMOVDQU     Y0, 64(SP)
+	VPSLLVQ     shiftsUp<>+224(SB), Y9, Y0
+	VPSRLVQ     shiftsDown<>+224(SB), Y9, Y1
+	VPSLLDQ     $0x08, Y1, Y2
+	VPCLMULQDQ  $0x01, Y11, Y1, Y1
+	VPXOR       Y2, Y0, Y0
+	VPXOR       Y1, Y0, Y0
+	VMOVDQU     Y0, 96(SP)
+	TESTQ       BX, BX
+	JZ          batch
+	ADDQ        $0x01, SI
+	ADCQ        $0x00, DI
+	VMOVQ       SI, X10
+	VPINSRQ     $0x01, DI, X10, X10
+	VPXOR       512(AX), X10, X10
+	VAESENC     528(AX), X10, X10
+	VAESENC     544(AX), X10, X10
+	VAESENC     560(AX), X10, X10
+	VAESENC     576(AX), X10, X10
+	VAESENC     592(AX), X10, X10
+	VAESENC     608(AX), X10, X10
+	VAESENC     624(AX), X10, X10
+	VAESENC     640(AX), X10, X10
+	VAESENC     656(AX), X10, X10
+	VAESENC     672(AX), X10, X10
+	VAESENC     688(AX), X10, X10
+	VAESENC     704(AX), X10, X10
+	VAESENC     720(AX), X10, X10
+	VAESENCLAST 736(AX), X10, X10
+
+batch:
+	VBROADCASTI128 (AX), Y8
+	VPXOR          (DX), Y8, Y0
+	VPXOR          Y12, Y0, Y0
+	VPXOR          32(DX), Y8, Y1
+	VPXOR          Y13, Y1, Y1
+	VPXOR          64(DX), Y8, Y2
+	VPXOR          Y14, Y2, Y2
+	VPXOR          96(DX), Y8, Y3
+	VPXOR          Y15, Y3, Y3
+	VPXOR          128(DX), Y8, Y4
+	VPXOR          (SP), Y4, Y4
+	VPXOR          160(DX), Y8, Y5
+	VPXOR          32(SP), Y5, Y5
+	VPXOR          192(DX), Y8, Y6
+	VPXOR          64(SP), Y6, Y6
+	VPXOR          224(DX), Y8, Y7
+	VPXOR          96(SP), Y7, Y7
+	VBROADCASTI128 16(AX), Y8
+	VAESENC        Y8, Y0, Y0
+	VAESENC        Y8, Y1, Y1
+	VAESENC        Y8, Y2, Y2
+	VAESENC        Y8, Y3, Y3
+	VAESENC        Y8, Y4, Y4
+	VAESENC        Y8, Y5, Y5
+	VAESENC        Y8, Y6, Y6
+	VAESENC        Y8, Y7, Y7
+	VBROADCASTI128 32(AX), Y8
+	VAESENC        Y8, Y0, Y0
+	VAESENC        Y8, Y1, Y1
+	VAESENC        Y8, Y2, Y2
+	VAESENC        Y8, Y3, Y3
+	VAESENC        Y8, Y4, Y4
+	VAESENC        Y8, Y5, Y5
+	VAESENC        Y8, Y6, Y6
+	VAESENC        Y8, Y7, Y7
+	VBROADCASTI128 48(AX), Y8
+	VAESENC        Y8, Y0, Y0
+	VAESENC        Y8, Y1, Y1
+	VAESENC        Y8, Y2, Y2
+	VAESENC        Y8, Y3, Y3
+	VAESENC        Y8, Y4, Y4
+	VAESENC        Y8, Y5, Y5
+	VAESENC        Y8, Y6, Y6
+	VAESENC        Y8, Y7, Y7
+	VBROADCASTI128 64(AX), Y8
+	VAESENC        Y8, Y0, Y0
+	VAESENC        Y8, Y1, Y1
+	VAESENC        Y8, Y2, Y2
+	VAESENC        Y8, Y3, Y3
+	VAESENC        Y8, Y4, Y4
+	VAESENC        Y8, Y5, Y5
+	VAESENC        Y8, Y6, Y6
+	VAESENC        Y8, Y7, Y7
+	VBROADCASTI128 80(AX), Y8
+	VAESENC        Y8, Y0, Y0
+	VAESENC        Y8, Y1, Y1
+	VAESENC        Y8, Y2, Y2
+	VAESENC        Y8, Y3, Y3
+	VAESENC        Y8, Y4, Y4
+	VAESENC        Y8, Y5, Y5
+	VAESENC        Y8, Y6, Y6
+	VAESENC        Y8, Y7, Y7
+	VBROADCASTI128 96(AX), Y8
+	VAESENC        Y8, Y0, Y0
+	VAESENC        Y8, Y1, Y1
+	VAESENC        Y8, Y2, Y2
+	VAESENC        Y8, Y3, Y3
+	VAESENC        Y8, Y4, Y4
+	VAESENC        Y8, Y5, Y5
+	VAESENC        Y8, Y6, Y6
+	VAESENC        Y8, Y7, Y7
+	VBROADCASTI128 112(AX), Y8
+	VAESENC        Y8, Y0, Y0
+	VAESENC        Y8, Y1, Y1
+	VAESENC        Y8, Y2, Y2
+	VAESENC        Y8, Y3, Y3
+	VAESENC        Y8, Y4, Y4
+	VAESENC        Y8, Y5, Y5
+	VAESENC        Y8, Y6, Y6
+	VAESENC        Y8, Y7, Y7
+	VBROADCASTI128 128(AX), Y8
+	VAESENC        Y8, Y0, Y0
+	VAESENC        Y8, Y1, Y1
+	VAESENC        Y8, Y2, Y2
+	VAESENC        Y8, Y3, Y3
+	VAESENC        Y8, Y4, Y4
+	VAESENC        Y8, Y5, Y5
+	VAESENC        Y8, Y6, Y6
+	VAESENC        Y8, Y7, Y7
+	VBROADCASTI128 144(AX), Y8
+	VAESENC        Y8, Y0, Y0
+	VAESENC        Y8, Y1, Y1
+	VAESENC        Y8, Y2, Y2
+	VAESENC        Y8, Y3, Y3
+	VAESENC        Y8, Y4, Y4
+	VAESENC        Y8, Y5, Y5
+	VAESENC        Y8, Y6, Y6
+	VAESENC        Y8, Y7, Y7
+	VBROADCASTI128 160(AX), Y8
+	VAESENC        Y8, Y0, Y0
+	VAESENC        Y8, Y1, Y1
+	VAESENC        Y8, Y2, Y2
+	VAESENC        Y8, Y3, Y3
+	VAESENC        Y8, Y4, Y4
+	VAESENC        Y8, Y5, Y5
+	VAESENC        Y8, Y6, Y6
+	VAESENC        Y8, Y7, Y7
+	VBROADCASTI128 176(AX), Y8
+	VAESENC        Y8, Y0, Y0
+	VAESENC        Y8, Y1, Y1
+	VAESENC        Y8, Y2, Y2
+	VAESENC        Y8, Y3, Y3
+	VAESENC        Y8, Y4, Y4
+	VAESENC        Y8, Y5, Y5
+	VAESENC        Y8, Y6, Y6
+	VAESENC        Y8, Y7, Y7
+	VBROADCASTI128 192(AX), Y8
+	VAESENC        Y8, Y0, Y0
+	VAESENC        Y8, Y1, Y1
+	VAESENC        Y8, Y2, Y2
+	VAESENC        Y8, Y3, Y3
+	VAESENC        Y8, Y4, Y4
+	VAESENC        Y8, Y5, Y5
+	VAESENC        Y8, Y6, Y6
+	VAESENC        Y8, Y7, Y7
+	VBROADCASTI128 208(AX), Y8
+	VAESENC        Y8, Y0, Y0
+	VAESENC        Y8, Y1, Y1
+	VAESENC        Y8, Y2, Y2
+	VAESENC        Y8, Y3, Y3
+	VAESENC        Y8, Y4, Y4
+	VAESENC        Y8, Y5, Y5
+	VAESENC        Y8, Y6, Y6
+	VAESENC        Y8, Y7, Y7
+	VBROADCASTI128 224(AX), Y8
+	VAESENCLAST    Y8, Y0, Y0
+	VAESENCLAST    Y8, Y1, Y1
+	VAESENCLAST    Y8, Y2, Y2
+	VAESENCLAST    Y8, Y3, Y3
+	VAESENCLAST    Y8, Y4, Y4
+	VAESENCLAST    Y8, Y5, Y5
+	VAESENCLAST    Y8, Y6, Y6
+	VAESENCLAST    Y8, Y7, Y7
+	VPXOR          Y12, Y0, Y0
+	VMOVDQU        Y0, (CX)
+	VPSRLDQ        $0x0e, Y12, Y0
+	VPSLLDQ        $0x02, Y12, Y12
+	VPCLMULQDQ     $0x00, Y11, Y0, Y0
+	VPXOR          Y0, Y12, Y12
+	VPXOR          Y13, Y1, Y1
+	VMOVDQU        Y1, 32(CX)
+	VPSRLDQ        $0x0e, Y13, Y1
+	VPSLLDQ        $0x02, Y13, Y13
+	VPCLMULQDQ     $0x00, Y11, Y1, Y1
+	VPXOR          Y1, Y13, Y13
+	VPXOR          Y14, Y2, Y2
+	VMOVDQU        Y2, 64(CX)
+	VPSRLDQ        $0x0e, Y14, Y2
+	VPSLLDQ        $0x02, Y14, Y14
+	VPCLMULQDQ     $0x00, Y11, Y2, Y2
+	VPXOR          Y2, Y14, Y14
+	VPXOR          Y15, Y3, Y3
+	VMOVDQU        Y3, 96(CX)
+	VPSRLDQ        $0x0e, Y15, Y3
+	VPSLLDQ        $0x02, Y15, Y15
+	VPCLMULQDQ     $0x00, Y11, Y3, Y3
+	VPXOR          Y3, Y15, Y15
+	VPXOR          (SP), Y4, Y4
+	VMOVDQU        Y4, 128(CX)
+	VMOVDQU        (SP), Y9
+	VPSRLDQ        $0x0e, Y9, Y4
+	VPSLLDQ        $0x02, Y9, Y9
+	VPCLMULQDQ     $0x00, Y11, Y4, Y4
+	VPXOR          Y4, Y9, Y9
+	VMOVDQU        Y9, (SP)
+	VPXOR          32(SP), Y5, Y5
+	VMOVDQU        Y5, 160(CX)
+	VMOVDQU        32(SP), Y9
+	VPSRLDQ        $0x0e, Y9, Y5
+	VPSLLDQ        $0x02, Y9, Y9
+	VPCLMULQDQ     $0x00, Y11, Y5, Y5
+	VPXOR          Y5, Y9, Y9
+	VMOVDQU        Y9, 32(SP)
+	VPXOR          64(SP), Y6, Y6
+	VMOVDQU        Y6, 192(CX)
+	VMOVDQU        64(SP), Y9
+	VPSRLDQ        $0x0e, Y9, Y6
+	VPSLLDQ        $0x02, Y9, Y9
+	VPCLMULQDQ     $0x00, Y11, Y6, Y6
+	VPXOR          Y6, Y9, Y9
+	VMOVDQU        Y9, 64(SP)
+	VPXOR          96(SP), Y7, Y7
+	VMOVDQU        Y7, 224(CX)
+	VMOVDQU        96(SP), Y9
+	VPSRLDQ        $0x0e, Y9, Y7
+	VPSLLDQ        $0x02, Y9, Y9
+	VPCLMULQDQ     $0x00, Y11, Y7, Y7
+	VPXOR          Y7, Y9, Y9
+	VMOVDQU        Y9, 96(SP)
+	ADDQ           $0x00000100, DX
+	ADDQ           $0x00000100, CX
+	DECQ           R9
+	JNZ            batch
+	TESTQ          BX, BX
+	JNZ            unit
+	VPXOR          Y0, Y0, Y0
+	VMOVDQU        Y0, (SP)
+	VMOVDQU        Y0, 32(SP)
+	VMOVDQU        Y0, 64(SP)
+	VMOVDQU        Y0, 96(SP)
+	VZEROALL
+	RET
+
+// func encryptAVX512(keys *byte, dst *byte, src *byte, sectors uint64, lo uint64, hi uint64, skip uint64)
+// Requires: AES, AVX, AVX512BW, AVX512F, AVX512VL, CMOV, PCLMULQDQ, VAES, VPCLMULQDQ
+TEXT ·encryptAVX512(SB), NOSPLIT, $0-56
+	MOVQ            keys+0(FP), AX
+	MOVQ            dst+8(FP), CX
+	MOVQ            src+16(FP), DX
+	MOVQ            sectors+24(FP), BX
+	MOVQ            lo+32(FP), SI
+	MOVQ            hi+40(FP), DI
+	MOVQ            skip+48(FP), R8
+	VBROADCASTI32X4 (AX), Z16
+	VBROADCASTI32X4 16(AX), Z17
+	VBROADCASTI32X4 32(AX), Z18
+	VBROADCASTI32X4 48(AX), Z19
+	VBROADCASTI32X4 64(AX), Z20
+	VBROADCASTI32X4 80(AX), Z21
+	VBROADCASTI32X4 96(AX), Z22
+	VBROADCASTI32X4 112(AX), Z23
+	VBROADCASTI32X4 128(AX), Z24
+	VBROADCASTI32X4 144(AX), Z25
+	VBROADCASTI32X4 160(AX), Z26
+	VBROADCASTI32X4 176(AX), Z27
+	VBROADCASTI32X4 192(AX), Z28
+	VBROADCASTI32X4 208(AX), Z29
+	VBROADCASTI32X4 224(AX), Z30
+	VMOVQ           SI, X0
+	VPINSRQ         $0x01, DI, X0, X0
+	VPXOR           512(AX), X0, X0
+	VAESENC         528(AX), X0, X0
+	VAESENC         544(AX), X0, X0
+	VAESENC         560(AX), X0, X0
+	VAESENC         576(AX), X0, X0
+	VAESENC         592(AX), X0, X0
+	VAESENC         608(AX), X0, X0
+	VAESENC         624(AX), X0, X0
+	VAESENC         640(AX), X0, X0
+	VAESENC         656(AX), X0, X0
+	VAESENC         672(AX), X0, X0
+	VAESENC         688(AX), X0, X0
+	VAESENC         704(AX), X0, X0
+	VAESENC         720(AX), X0, X0
+	VAESENCLAST     736(AX), X0, X0
+	VMOVDQA64       X0, X31
+	TESTQ           R8, R8
+	JZ              unit
+
+skip:
+	VPSRLDQ    $0x0c, X31, X0
+	VPSLLDQ    $0x04, X31, X31
+	VPCLMULQDQ $0x00, reduction<>+0(SB), X0, X0
+	VPXORQ     X0, X31, X31
+	DECQ       R8
+	JNZ        skip
+	MOVQ       skip+48(FP), R8
+
+unit:
+	// count = min(sectors, 8 - skip); only the first unit skips.
+	MOVQ        $0x0000000000000008, R9
+	SUBQ        R8, R9
+	XORQ        R8, R8
+	CMPQ        BX, R9
+	CMOVQCS     BX, R9
+	SUBQ        R9, BX
+	VSHUFI64X2  $0x00, Z31, Z31, Z7
+	VPSLLVQ     shiftsUp<>+0(SB), Z7, Z8
+	VPSRLVQ     shiftsDown<>+0(SB), Z7, Z0
+	VPSLLDQ     $0x08, Z0, Z1
+	VPCLMULQDQ  $0x01, reduction<>+0(SB), Z0, Z0
+	VPTERNLOGQ  $0x96, Z1, Z0, Z8
+	VPSLLVQ     shiftsUp<>+64(SB), Z7, Z9
+	VPSRLVQ     shiftsDown<>+64(SB), Z7, Z0
+	VPSLLDQ     $0x08, Z0, Z1
+	VPCLMULQDQ  $0x01, reduction<>+0(SB), Z0, Z0
+	VPTERNLOGQ  $0x96, Z1, Z0, Z9
+	VPSLLVQ     shiftsUp<>+128(SB), Z7, Z10
+	VPSRLVQ     shiftsDown<>+128(SB), Z7, Z0
+	VPSLLDQ     $0x08, Z0, Z1
+	VPCLMULQDQ  $0x01, reduction<>+0(SB), Z0, Z0
+	VPTERNLOGQ  $0x96, Z1, Z0, Z10
+	VPSLLVQ     shiftsUp<>+192(SB), Z7, Z11
+	VPSRLVQ     shiftsDown<>+192(SB), Z7, Z0
+	VPSLLDQ     $0x08, Z0, Z1
+	VPCLMULQDQ  $0x01, reduction<>+0(SB), Z0, Z0
+	VPTERNLOGQ  $0x96, Z1, Z0, Z11
+	VPSLLVQ     shiftsUp<>+256(SB), Z7, Z12
+	VPSRLVQ     shiftsDown<>+256(SB), Z7, Z0
+	VPSLLDQ     $0x08, Z0, Z1
+	VPCLMULQDQ  $0x01, reduction<>+0(SB), Z0, Z0
+	VPTERNLOGQ  $0x96, Z1, Z0, Z12
+	VPSLLVQ     shiftsUp<>+320(SB), Z7, Z13
+	VPSRLVQ     shiftsDown<>+320(SB), Z7, Z0
+	VPSLLDQ     $0x08, Z0, Z1
+	VPCLMULQDQ  $0x01, reduction<>+0(SB), Z0, Z0
+	VPTERNLOGQ  $0x96, Z1, Z0, Z13
+	VPSLLVQ     shiftsUp<>+384(SB), Z7, Z14
+	VPSRLVQ     shiftsDown<>+384(SB), Z7, Z0
+	VPSLLDQ     $0x08, Z0, Z1
+	VPCLMULQDQ  $0x01, reduction<>+0(SB), Z0, Z0
+	VPTERNLOGQ  $0x96, Z1, Z0, Z14
+	VPSLLVQ     shiftsUp<>+448(SB), Z7, Z15
+	VPSRLVQ     shiftsDown<>+448(SB), Z7, Z0
+	VPSLLDQ     $0x08, Z0, Z1
+	VPCLMULQDQ  $0x01, reduction<>+0(SB), Z0, Z0
+	VPTERNLOGQ  $0x96, Z1, Z0, Z15
+	TESTQ       BX, BX
+	JZ          batch
+	ADDQ        $0x01, SI
+	ADCQ        $0x00, DI
+	VMOVQ       SI, X0
+	VPINSRQ     $0x01, DI, X0, X0
+	VPXOR       512(AX), X0, X0
+	VAESENC     528(AX), X0, X0
+	VAESENC     544(AX), X0, X0
+	VAESENC     560(AX), X0, X0
+	VAESENC     576(AX), X0, X0
+	VAESENC     592(AX), X0, X0
+	VAESENC     608(AX), X0, X0
+	VAESENC     624(AX), X0, X0
+	VAESENC     640(AX), X0, X0
+	VAESENC     656(AX), X0, X0
+	VAESENC     672(AX), X0, X0
+	VAESENC     688(AX), X0, X0
+	VAESENC     704(AX), X0, X0
+	VAESENC     720(AX), X0, X0
+	VAESENCLAST 736(AX), X0, X0
+	VMOVDQA64   X0, X31
+
+batch:
+	VMOVDQA64   Z8, Z0
+	VPTERNLOGQ  $0x96, (DX), Z16, Z0
+	VMOVDQA64   Z9, Z1
+	VPTERNLOGQ  $0x96, 64(DX), Z16, Z1
+	VMOVDQA64   Z10, Z2
+	VPTERNLOGQ  $0x96, 128(DX), Z16, Z2
+	VMOVDQA64   Z11, Z3
+	VPTERNLOGQ  $0x96, 192(DX), Z16, Z3
+	VMOVDQA64   Z12, Z4
+	VPTERNLOGQ  $0x96, 256(DX), Z16, Z4
+	VMOVDQA64   Z13, Z5
+	VPTERNLOGQ  $0x96, 320(DX), Z16, Z5
+	VMOVDQA64   Z14, Z6
+	VPTERNLOGQ  $0x96, 384(DX), Z16, Z6
+	VMOVDQA64   Z15, Z7
+	VPTERNLOGQ  $0x96, 448(DX), Z16, Z7
+	VAESENC     Z17, Z0, Z0
+	VAESENC     Z17, Z1, Z1
+	VAESENC     Z17, Z2, Z2
+	VAESENC     Z17, Z3, Z3
+	VAESENC     Z17, Z4, Z4
+	VAESENC     Z17, Z5, Z5
+	VAESENC     Z17, Z6, Z6
+	VAESENC     Z17, Z7, Z7
+	VAESENC     Z18, Z0, Z0
+	VAESENC     Z18, Z1, Z1
+	VAESENC     Z18, Z2, Z2
+	VAESENC     Z18, Z3, Z3
+	VAESENC     Z18, Z4, Z4
+	VAESENC     Z18, Z5, Z5
+	VAESENC     Z18, Z6, Z6
+	VAESENC     Z18, Z7, Z7
+	VAESENC     Z19, Z0, Z0
+	VAESENC     Z19, Z1, Z1
+	VAESENC     Z19, Z2, Z2
+	VAESENC     Z19, Z3, Z3
+	VAESENC     Z19, Z4, Z4
+	VAESENC     Z19, Z5, Z5
+	VAESENC     Z19, Z6, Z6
+	VAESENC     Z19, Z7, Z7
+	VAESENC     Z20, Z0, Z0
+	VAESENC     Z20, Z1, Z1
+	VAESENC     Z20, Z2, Z2
+	VAESENC     Z20, Z3, Z3
+	VAESENC     Z20, Z4, Z4
+	VAESENC     Z20, Z5, Z5
+	VAESENC     Z20, Z6, Z6
+	VAESENC     Z20, Z7, Z7
+	VAESENC     Z21, Z0, Z0
+	VAESENC     Z21, Z1, Z1
+	VAESENC     Z21, Z2, Z2
+	VAESENC     Z21, Z3, Z3
+	VAESENC     Z21, Z4, Z4
+	VAESENC     Z21, Z5, Z5
+	VAESENC     Z21, Z6, Z6
+	VAESENC     Z21, Z7, Z7
+	VAESENC     Z22, Z0, Z0
+	VAESENC     Z22, Z1, Z1
+	VAESENC     Z22, Z2, Z2
+	VAESENC     Z22, Z3, Z3
+	VAESENC     Z22, Z4, Z4
+	VAESENC     Z22, Z5, Z5
+	VAESENC     Z22, Z6, Z6
+	VAESENC     Z22, Z7, Z7
+	VAESENC     Z23, Z0, Z0
+	VAESENC     Z23, Z1, Z1
+	VAESENC     Z23, Z2, Z2
+	VAESENC     Z23, Z3, Z3
+	VAESENC     Z23, Z4, Z4
+	VAESENC     Z23, Z5, Z5
+	VAESENC     Z23, Z6, Z6
+	VAESENC     Z23, Z7, Z7
+	VAESENC     Z24, Z0, Z0
+	VAESENC     Z24, Z1, Z1
+	VAESENC     Z24, Z2, Z2
+	VAESENC     Z24, Z3, Z3
+	VAESENC     Z24, Z4, Z4
+	VAESENC     Z24, Z5, Z5
+	VAESENC     Z24, Z6, Z6
+	VAESENC     Z24, Z7, Z7
+	VAESENC     Z25, Z0, Z0
+	VAESENC     Z25, Z1, Z1
+	VAESENC     Z25, Z2, Z2
+	VAESENC     Z25, Z3, Z3
+	VAESENC     Z25, Z4, Z4
+	VAESENC     Z25, Z5, Z5
+	VAESENC     Z25, Z6, Z6
+	VAESENC     Z25, Z7, Z7
+	VAESENC     Z26, Z0, Z0
+	VAESENC     Z26, Z1, Z1
+	VAESENC     Z26, Z2, Z2
+	VAESENC     Z26, Z3, Z3
+	VAESENC     Z26, Z4, Z4
+	VAESENC     Z26, Z5, Z5
+	VAESENC     Z26, Z6, Z6
+	VAESENC     Z26, Z7, Z7
+	VAESENC     Z27, Z0, Z0
+	VAESENC     Z27, Z1, Z1
+	VAESENC     Z27, Z2, Z2
+	VAESENC     Z27, Z3, Z3
+	VAESENC     Z27, Z4, Z4
+	VAESENC     Z27, Z5, Z5
+	VAESENC     Z27, Z6, Z6
+	VAESENC     Z27, Z7, Z7
+	VAESENC     Z28, Z0, Z0
+	VAESENC     Z28, Z1, Z1
+	VAESENC     Z28, Z2, Z2
+	VAESENC     Z28, Z3, Z3
+	VAESENC     Z28, Z4, Z4
+	VAESENC     Z28, Z5, Z5
+	VAESENC     Z28, Z6, Z6
+	VAESENC     Z28, Z7, Z7
+	VAESENC     Z29, Z0, Z0
+	VAESENC     Z29, Z1, Z1
+	VAESENC     Z29, Z2, Z2
+	VAESENC     Z29, Z3, Z3
+	VAESENC     Z29, Z4, Z4
+	VAESENC     Z29, Z5, Z5
+	VAESENC     Z29, Z6, Z6
+	VAESENC     Z29, Z7, Z7
+	VAESENCLAST Z30, Z0, Z0
+	VAESENCLAST Z30, Z1, Z1
+	VAESENCLAST Z30, Z2, Z2
+	VAESENCLAST Z30, Z3, Z3
+	VAESENCLAST Z30, Z4, Z4
+	VAESENCLAST Z30, Z5, Z5
+	VAESENCLAST Z30, Z6, Z6
+	VAESENCLAST Z30, Z7, Z7
+	VPXORQ      Z8, Z0, Z0
+	VMOVDQU64   Z0, (CX)
+	VPSRLDQ     $0x0c, Z8, Z0
+	VPSLLDQ     $0x04, Z8, Z8
+	VPCLMULQDQ  $0x00, reduction<>+0(SB), Z0, Z0
+	VPXORQ      Z0, Z8, Z8
+	VPXORQ      Z9, Z1, Z1
+	VMOVDQU64   Z1, 64(CX)
+	VPSRLDQ     $0x0c, Z9, Z1
+	VPSLLDQ     $0x04, Z9, Z9
+	VPCLMULQDQ  $0x00, reduction<>+0(SB), Z1, Z1
+	VPXORQ      Z1, Z9, Z9
+	VPXORQ      Z10, Z2, Z2
+	VMOVDQU64   Z2, 128(CX)
+	VPSRLDQ     $0x0c, Z10, Z2
+	VPSLLDQ     $0x04, Z10, Z10
+	VPCLMULQDQ  $0x00, reduction<>+0(SB), Z2, Z2
+	VPXORQ      Z2, Z10, Z10
+	VPXORQ      Z11, Z3, Z3
+	VMOVDQU64   Z3, 192(CX)
+	VPSRLDQ     $0x0c, Z11, Z3
+	VPSLLDQ     $0x04, Z11, Z11
+	VPCLMULQDQ  $0x00, reduction<>+0(SB), Z3, Z3
+	VPXORQ      Z3, Z11, Z11
+	VPXORQ      Z12, Z4, Z4
+	VMOVDQU64   Z4, 256(CX)
+	VPSRLDQ     $0x0c, Z12, Z4
+	VPSLLDQ     $0x04, Z12, Z12
+	VPCLMULQDQ  $0x00, reduction<>+0(SB), Z4, Z4
+	VPXORQ      Z4, Z12, Z12
+	VPXORQ      Z13, Z5, Z5
+	VMOVDQU64   Z5, 320(CX)
+	VPSRLDQ     $0x0c, Z13, Z5
+	VPSLLDQ     $0x04, Z13, Z13
+	VPCLMULQDQ  $0x00, reduction<>+0(SB), Z5, Z5
+	VPXORQ      Z5, Z13, Z13
+	VPXORQ      Z14, Z6, Z6
+	VMOVDQU64   Z6, 384(CX)
+	VPSRLDQ     $0x0c, Z14, Z6
+	VPSLLDQ     $0x04, Z14, Z14
+	VPCLMULQDQ  $0x00, reduction<>+0(SB), Z6, Z6
+	VPXORQ      Z6, Z14, Z14
+	VPXORQ      Z15, Z7, Z7
+	VMOVDQU64   Z7, 448(CX)
+	VPSRLDQ     $0x0c, Z15, Z7
+	VPSLLDQ     $0x04, Z15, Z15
+	VPCLMULQDQ  $0x00, reduction<>+0(SB), Z7, Z7
+	VPXORQ      Z7, Z15, Z15
+	ADDQ        $0x00000200, DX
+	ADDQ        $0x00000200, CX
+	DECQ        R9
+	JNZ         batch
+	TESTQ       BX, BX
+	JNZ         unit
+	VZEROALL
+	VPXORQ      X16, X16, X16
+	VPXORQ      X17, X17, X17
+	VPXORQ      X18, X18, X18
+	VPXORQ      X19, X19, X19
+	VPXORQ      X20, X20, X20
+	VPXORQ      X21, X21, X21
+	VPXORQ      X22, X22, X22
+	VPXORQ      X23, X23, X23
+	VPXORQ      X24, X24, X24
+	VPXORQ      X25, X25, X25
+	VPXORQ      X26, X26, X26
+	VPXORQ      X27, X27, X27
+	VPXORQ      X28, X28, X28
+	VPXORQ      X29, X29, X29
+	VPXORQ      X30, X30, X30
+	VPXORQ      X31, X31, X31
+	RET
+
 // func decryptAESNI(keys *byte, dst *byte, src *byte, sectors uint64, lo uint64, hi uint64, skip uint64)
 // Requires: AES, CMOV, PCLMULQDQ, SSE2, SSE4.1
 TEXT ·decryptAESNI(SB), NOSPLIT, $128-56
@@ -843,8 +1650,7 @@ TEXT ·decryptAESNI(SB), NOSPLIT, $128-56
 	MOVQ       lo+32(FP), SI
 	MOVQ       hi+40(FP), DI
 	MOVQ       skip+48(FP), R8
-	MOVQ       $0x0000000000000087, R9
-	MOVQ       R9, X11
+	MOVOU      reduction<>+0(SB), X11
 	MOVQ       SI, X10
 	PINSRQ     $0x01, DI, X10
 	PXOR       512(AX), X10
@@ -1248,4 +2054,671 @@ batch:
 	MOVOU      X0, 80(SP)
 	MOVOU      X0, 96(SP)
 	MOVOU      X0, 112(SP)
+	RET
+
+// func decryptAVX2(keys *byte, dst *byte, src *byte, sectors uint64, lo uint64, hi uint64, skip uint64)
+// Requires: AES, AVX, AVX2, CMOV, PCLMULQDQ, VAES, VPCLMULQDQ
+TEXT ·decryptAVX2(SB), NOSPLIT, $128-56
+	MOVQ        keys+0(FP), AX
+	MOVQ        dst+8(FP), CX
+	MOVQ        src+16(FP), DX
+	MOVQ        sectors+24(FP), BX
+	MOVQ        lo+32(FP), SI
+	MOVQ        hi+40(FP), DI
+	MOVQ        skip+48(FP), R8
+	VMOVDQU     reduction<>+0(SB), Y11
+	VMOVQ       SI, X10
+	VPINSRQ     $0x01, DI, X10, X10
+	VPXOR       512(AX), X10, X10
+	VAESENC     528(AX), X10, X10
+	VAESENC     544(AX), X10, X10
+	VAESENC     560(AX), X10, X10
+	VAESENC     576(AX), X10, X10
+	VAESENC     592(AX), X10, X10
+	VAESENC     608(AX), X10, X10
+	VAESENC     624(AX), X10, X10
+	VAESENC     640(AX), X10, X10
+	VAESENC     656(AX), X10, X10
+	VAESENC     672(AX), X10, X10
+	VAESENC     688(AX), X10, X10
+	VAESENC     704(AX), X10, X10
+	VAESENC     720(AX), X10, X10
+	VAESENCLAST 736(AX), X10, X10
+	TESTQ       R8, R8
+	JZ          unit
+
+skip:
+	VPSRLDQ    $0x0c, X10, X0
+	VPSLLDQ    $0x04, X10, X10
+	VPCLMULQDQ $0x00, X11, X0, X0
+	VPXOR      X0, X10, X10
+	DECQ       R8
+	JNZ        skip
+	MOVQ       skip+48(FP), R8
+
+unit:
+	// count = min(sectors, 8 - skip); only the first unit skips.
+	MOVQ        $0x0000000000000008, R9
+	SUBQ        R8, R9
+	XORQ        R8, R8
+	CMPQ        BX, R9
+	CMOVQCS     BX, R9
+	SUBQ        R9, BX
+	IMUL3Q      $0x00000002, R9, R9
+	VINSERTI128 $0x01, X10, Y10, Y9
+	VPSLLVQ     shiftsUp<>+0(SB), Y9, Y12
+	VPSRLVQ     shiftsDown<>+0(SB), Y9, Y1
+	VPSLLDQ     $0x08, Y1, Y2
+	VPCLMULQDQ  $0x01, Y11, Y1, Y1
+	VPXOR       Y2, Y12, Y12
+	VPXOR       Y1, Y12, Y12
+	VPSLLVQ     shiftsUp<>+32(SB), Y9, Y13
+	VPSRLVQ     shiftsDown<>+32(SB), Y9, Y1
+	VPSLLDQ     $0x08, Y1, Y2
+	VPCLMULQDQ  $0x01, Y11, Y1, Y1
+	VPXOR       Y2, Y13, Y13
+	VPXOR       Y1, Y13, Y13
+	VPSLLVQ     shiftsUp<>+64(SB), Y9, Y14
+	VPSRLVQ     shiftsDown<>+64(SB), Y9, Y1
+	VPSLLDQ     $0x08, Y1, Y2
+	VPCLMULQDQ  $0x01, Y11, Y1, Y1
+	VPXOR       Y2, Y14, Y14
+	VPXOR       Y1, Y14, Y14
+	VPSLLVQ     shiftsUp<>+96(SB), Y9, Y15
+	VPSRLVQ     shiftsDown<>+96(SB), Y9, Y1
+	VPSLLDQ     $0x08, Y1, Y2
+	VPCLMULQDQ  $0x01, Y11, Y1, Y1
+	VPXOR       Y2, Y15, Y15
+	VPXOR       Y1, Y15, Y15
+	VPSLLVQ     shiftsUp<>+128(SB), Y9, Y0
+	VPSRLVQ     shiftsDown<>+128(SB), Y9, Y1
+	VPSLLDQ     $0x08, Y1, Y2
+	VPCLMULQDQ  $0x01, Y11, Y1, Y1
+	VPXOR       Y2, Y0, Y0
+	VPXOR       Y1, Y0, Y0
+	VMOVDQU     Y0, (SP)
+	VPSLLVQ     shiftsUp<>+160(SB), Y9, Y0
+	VPSRLVQ     shiftsDown<>+160(SB), Y9, Y1
+	VPSLLDQ     $0x08, Y1, Y2
+	VPCLMULQDQ  $0x01, Y11, Y1, Y1
+	VPXOR       Y2, Y0, Y0
+	VPXOR       Y1, Y0, Y0
+	VMOVDQU     Y0, 32(SP)
+	VPSLLVQ     shiftsUp<>+192(SB), Y9, Y0
+	VPSRLVQ     shiftsDown<>+192(SB), Y9, Y1
+	VPSLLDQ     $0x08, Y1, Y2
+	VPCLMULQDQ  $0x01, Y11, Y1, Y1
+	VPXOR       Y2, Y0, Y0
+	VPXOR       Y1, Y0, Y0
+	VMOVDQU     Y0, 64(SP)
+	VPSLLVQ     shiftsUp<>+224(SB), Y9, Y0
+	VPSRLVQ     shiftsDown<>+224(SB), Y9, Y1
+	VPSLLDQ     $0x08, Y1, Y2
+	VPCLMULQDQ  $0x01, Y11, Y1, Y1
+	VPXOR       Y2, Y0, Y0
+	VPXOR       Y1, Y0, Y0
+	VMOVDQU     Y0, 96(SP)
+	TESTQ       BX, BX
+	JZ          batch
+	ADDQ        $0x01, SI
+	ADCQ        $0x00, DI
+	VMOVQ       SI, X10
+	VPINSRQ     $0x01, DI, X10, X10
+	VPXOR       512(AX), X10, X10
+	VAESENC     528(AX), X10, X10
+	VAESENC     544(AX), X10, X10
+	VAESENC     560(AX), X10, X10
+	VAESENC     576(AX), X10, X10
+	VAESENC     592(AX), X10, X10
+	VAESENC     608(AX), X10, X10
+	VAESENC     624(AX), X10, X10
+	VAESENC     640(AX), X10, X10
+	VAESENC     656(AX), X10, X10
+	VAESENC     672(AX), X10, X10
+	VAESENC     688(AX), X10, X10
+	VAESENC     704(AX), X10, X10
+	VAESENC     720(AX), X10, X10
+	VAESENCLAST 736(AX), X10, X10
+
+batch:
+	VBROADCASTI128 256(AX), Y8
+	VPXOR          (DX), Y8, Y0
+	VPXOR          Y12, Y0, Y0
+	VPXOR          32(DX), Y8, Y1
+	VPXOR          Y13, Y1, Y1
+	VPXOR          64(DX), Y8, Y2
+	VPXOR          Y14, Y2, Y2
+	VPXOR          96(DX), Y8, Y3
+	VPXOR          Y15, Y3, Y3
+	VPXOR          128(DX), Y8, Y4
+	VPXOR          (SP), Y4, Y4
+	VPXOR          160(DX), Y8, Y5
+	VPXOR          32(SP), Y5, Y5
+	VPXOR          192(DX), Y8, Y6
+	VPXOR          64(SP), Y6, Y6
+	VPXOR          224(DX), Y8, Y7
+	VPXOR          96(SP), Y7, Y7
+	VBROADCASTI128 272(AX), Y8
+	VAESDEC        Y8, Y0, Y0
+	VAESDEC        Y8, Y1, Y1
+	VAESDEC        Y8, Y2, Y2
+	VAESDEC        Y8, Y3, Y3
+	VAESDEC        Y8, Y4, Y4
+	VAESDEC        Y8, Y5, Y5
+	VAESDEC        Y8, Y6, Y6
+	VAESDEC        Y8, Y7, Y7
+	VBROADCASTI128 288(AX), Y8
+	VAESDEC        Y8, Y0, Y0
+	VAESDEC        Y8, Y1, Y1
+	VAESDEC        Y8, Y2, Y2
+	VAESDEC        Y8, Y3, Y3
+	VAESDEC        Y8, Y4, Y4
+	VAESDEC        Y8, Y5, Y5
+	VAESDEC        Y8, Y6, Y6
+	VAESDEC        Y8, Y7, Y7
+	VBROADCASTI128 304(AX), Y8
+	VAESDEC        Y8, Y0, Y0
+	VAESDEC        Y8, Y1, Y1
+	VAESDEC        Y8, Y2, Y2
+	VAESDEC        Y8, Y3, Y3
+	VAESDEC        Y8, Y4, Y4
+	VAESDEC        Y8, Y5, Y5
+	VAESDEC        Y8, Y6, Y6
+	VAESDEC        Y8, Y7, Y7
+	VBROADCASTI128 320(AX), Y8
+	VAESDEC        Y8, Y0, Y0
+	VAESDEC        Y8, Y1, Y1
+	VAESDEC        Y8, Y2, Y2
+	VAESDEC        Y8, Y3, Y3
+	VAESDEC        Y8, Y4, Y4
+	VAESDEC        Y8, Y5, Y5
+	VAESDEC        Y8, Y6, Y6
+	VAESDEC        Y8, Y7, Y7
+	VBROADCASTI128 336(AX), Y8
+	VAESDEC        Y8, Y0, Y0
+	VAESDEC        Y8, Y1, Y1
+	VAESDEC        Y8, Y2, Y2
+	VAESDEC        Y8, Y3, Y3
+	VAESDEC        Y8, Y4, Y4
+	VAESDEC        Y8, Y5, Y5
+	VAESDEC        Y8, Y6, Y6
+	VAESDEC        Y8, Y7, Y7
+	VBROADCASTI128 352(AX), Y8
+	VAESDEC        Y8, Y0, Y0
+	VAESDEC        Y8, Y1, Y1
+	VAESDEC        Y8, Y2, Y2
+	VAESDEC        Y8, Y3, Y3
+	VAESDEC        Y8, Y4, Y4
+	VAESDEC        Y8, Y5, Y5
+	VAESDEC        Y8, Y6, Y6
+	VAESDEC        Y8, Y7, Y7
+	VBROADCASTI128 368(AX), Y8
+	VAESDEC        Y8, Y0, Y0
+	VAESDEC        Y8, Y1, Y1
+	VAESDEC        Y8, Y2, Y2
+	VAESDEC        Y8, Y3, Y3
+	VAESDEC        Y8, Y4, Y4
+	VAESDEC        Y8, Y5, Y5
+	VAESDEC        Y8, Y6, Y6
+	VAESDEC        Y8, Y7, Y7
+	VBROADCASTI128 384(AX), Y8
+	VAESDEC        Y8, Y0, Y0
+	VAESDEC        Y8, Y1, Y1
+	VAESDEC        Y8, Y2, Y2
+	VAESDEC        Y8, Y3, Y3
+	VAESDEC        Y8, Y4, Y4
+	VAESDEC        Y8, Y5, Y5
+	VAESDEC        Y8, Y6, Y6
+	VAESDEC        Y8, Y7, Y7
+	VBROADCASTI128 400(AX), Y8
+	VAESDEC        Y8, Y0, Y0
+	VAESDEC        Y8, Y1, Y1
+	VAESDEC        Y8, Y2, Y2
+	VAESDEC        Y8, Y3, Y3
+	VAESDEC        Y8, Y4, Y4
+	VAESDEC        Y8, Y5, Y5
+	VAESDEC        Y8, Y6, Y6
+	VAESDEC        Y8, Y7, Y7
+	VBROADCASTI128 416(AX), Y8
+	VAESDEC        Y8, Y0, Y0
+	VAESDEC        Y8, Y1, Y1
+	VAESDEC        Y8, Y2, Y2
+	VAESDEC        Y8, Y3, Y3
+	VAESDEC        Y8, Y4, Y4
+	VAESDEC        Y8, Y5, Y5
+	VAESDEC        Y8, Y6, Y6
+	VAESDEC        Y8, Y7, Y7
+	VBROADCASTI128 432(AX), Y8
+	VAESDEC        Y8, Y0, Y0
+	VAESDEC        Y8, Y1, Y1
+	VAESDEC        Y8, Y2, Y2
+	VAESDEC        Y8, Y3, Y3
+	VAESDEC        Y8, Y4, Y4
+	VAESDEC        Y8, Y5, Y5
+	VAESDEC        Y8, Y6, Y6
+	VAESDEC        Y8, Y7, Y7
+	VBROADCASTI128 448(AX), Y8
+	VAESDEC        Y8, Y0, Y0
+	VAESDEC        Y8, Y1, Y1
+	VAESDEC        Y8, Y2, Y2
+	VAESDEC        Y8, Y3, Y3
+	VAESDEC        Y8, Y4, Y4
+	VAESDEC        Y8, Y5, Y5
+	VAESDEC        Y8, Y6, Y6
+	VAESDEC        Y8, Y7, Y7
+	VBROADCASTI128 464(AX), Y8
+	VAESDEC        Y8, Y0, Y0
+	VAESDEC        Y8, Y1, Y1
+	VAESDEC        Y8, Y2, Y2
+	VAESDEC        Y8, Y3, Y3
+	VAESDEC        Y8, Y4, Y4
+	VAESDEC        Y8, Y5, Y5
+	VAESDEC        Y8, Y6, Y6
+	VAESDEC        Y8, Y7, Y7
+	VBROADCASTI128 480(AX), Y8
+	VAESDECLAST    Y8, Y0, Y0
+	VAESDECLAST    Y8, Y1, Y1
+	VAESDECLAST    Y8, Y2, Y2
+	VAESDECLAST    Y8, Y3, Y3
+	VAESDECLAST    Y8, Y4, Y4
+	VAESDECLAST    Y8, Y5, Y5
+	VAESDECLAST    Y8, Y6, Y6
+	VAESDECLAST    Y8, Y7, Y7
+	VPXOR          Y12, Y0, Y0
+	VMOVDQU        Y0, (CX)
+	VPSRLDQ        $0x0e, Y12, Y0
+	VPSLLDQ        $0x02, Y12, Y12
+	VPCLMULQDQ     $0x00, Y11, Y0, Y0
+	VPXOR          Y0, Y12, Y12
+	VPXOR          Y13, Y1, Y1
+	VMOVDQU        Y1, 32(CX)
+	VPSRLDQ        $0x0e, Y13, Y1
+	VPSLLDQ        $0x02, Y13, Y13
+	VPCLMULQDQ     $0x00, Y11, Y1, Y1
+	VPXOR          Y1, Y13, Y13
+	VPXOR          Y14, Y2, Y2
+	VMOVDQU        Y2, 64(CX)
+	VPSRLDQ        $0x0e, Y14, Y2
+	VPSLLDQ        $0x02, Y14, Y14
+	VPCLMULQDQ     $0x00, Y11, Y2, Y2
+	VPXOR          Y2, Y14, Y14
+	VPXOR          Y15, Y3, Y3
+	VMOVDQU        Y3, 96(CX)
+	VPSRLDQ        $0x0e, Y15, Y3
+	VPSLLDQ        $0x02, Y15, Y15
+	VPCLMULQDQ     $0x00, Y11, Y3, Y3
+	VPXOR          Y3, Y15, Y15
+	VPXOR          (SP), Y4, Y4
+	VMOVDQU        Y4, 128(CX)
+	VMOVDQU        (SP), Y9
+	VPSRLDQ        $0x0e, Y9, Y4
+	VPSLLDQ        $0x02, Y9, Y9
+	VPCLMULQDQ     $0x00, Y11, Y4, Y4
+	VPXOR          Y4, Y9, Y9
+	VMOVDQU        Y9, (SP)
+	VPXOR          32(SP), Y5, Y5
+	VMOVDQU        Y5, 160(CX)
+	VMOVDQU        32(SP), Y9
+	VPSRLDQ        $0x0e, Y9, Y5
+	VPSLLDQ        $0x02, Y9, Y9
+	VPCLMULQDQ     $0x00, Y11, Y5, Y5
+	VPXOR          Y5, Y9, Y9
+	VMOVDQU        Y9, 32(SP)
+	VPXOR          64(SP), Y6, Y6
+	VMOVDQU        Y6, 192(CX)
+	VMOVDQU        64(SP), Y9
+	VPSRLDQ        $0x0e, Y9, Y6
+	VPSLLDQ        $0x02, Y9, Y9
+	VPCLMULQDQ     $0x00, Y11, Y6, Y6
+	VPXOR          Y6, Y9, Y9
+	VMOVDQU        Y9, 64(SP)
+	VPXOR          96(SP), Y7, Y7
+	VMOVDQU        Y7, 224(CX)
+	VMOVDQU        96(SP), Y9
+	VPSRLDQ        $0x0e, Y9, Y7
+	VPSLLDQ        $0x02, Y9, Y9
+	VPCLMULQDQ     $0x00, Y11, Y7, Y7
+	VPXOR          Y7, Y9, Y9
+	VMOVDQU        Y9, 96(SP)
+	ADDQ           $0x00000100, DX
+	ADDQ           $0x00000100, CX
+	DECQ           R9
+	JNZ            batch
+	TESTQ          BX, BX
+	JNZ            unit
+	VPXOR          Y0, Y0, Y0
+	VMOVDQU        Y0, (SP)
+	VMOVDQU        Y0, 32(SP)
+	VMOVDQU        Y0, 64(SP)
+	VMOVDQU        Y0, 96(SP)
+	VZEROALL
+	RET
+
+// func decryptAVX512(keys *byte, dst *byte, src *byte, sectors uint64, lo uint64, hi uint64, skip uint64)
+// Requires: AES, AVX, AVX512BW, AVX512F, AVX512VL, CMOV, PCLMULQDQ, VAES, VPCLMULQDQ
+TEXT ·decryptAVX512(SB), NOSPLIT, $0-56
+	MOVQ            keys+0(FP), AX
+	MOVQ            dst+8(FP), CX
+	MOVQ            src+16(FP), DX
+	MOVQ            sectors+24(FP), BX
+	MOVQ            lo+32(FP), SI
+	MOVQ            hi+40(FP), DI
+	MOVQ            skip+48(FP), R8
+	VBROADCASTI32X4 256(AX), Z16
+	VBROADCASTI32X4 272(AX), Z17
+	VBROADCASTI32X4 288(AX), Z18
+	VBROADCASTI32X4 304(AX), Z19
+	VBROADCASTI32X4 320(AX), Z20
+	VBROADCASTI32X4 336(AX), Z21
+	VBROADCASTI32X4 352(AX), Z22
+	VBROADCASTI32X4 368(AX), Z23
+	VBROADCASTI32X4 384(AX), Z24
+	VBROADCASTI32X4 400(AX), Z25
+	VBROADCASTI32X4 416(AX), Z26
+	VBROADCASTI32X4 432(AX), Z27
+	VBROADCASTI32X4 448(AX), Z28
+	VBROADCASTI32X4 464(AX), Z29
+	VBROADCASTI32X4 480(AX), Z30
+	VMOVQ           SI, X0
+	VPINSRQ         $0x01, DI, X0, X0
+	VPXOR           512(AX), X0, X0
+	VAESENC         528(AX), X0, X0
+	VAESENC         544(AX), X0, X0
+	VAESENC         560(AX), X0, X0
+	VAESENC         576(AX), X0, X0
+	VAESENC         592(AX), X0, X0
+	VAESENC         608(AX), X0, X0
+	VAESENC         624(AX), X0, X0
+	VAESENC         640(AX), X0, X0
+	VAESENC         656(AX), X0, X0
+	VAESENC         672(AX), X0, X0
+	VAESENC         688(AX), X0, X0
+	VAESENC         704(AX), X0, X0
+	VAESENC         720(AX), X0, X0
+	VAESENCLAST     736(AX), X0, X0
+	VMOVDQA64       X0, X31
+	TESTQ           R8, R8
+	JZ              unit
+
+skip:
+	VPSRLDQ    $0x0c, X31, X0
+	VPSLLDQ    $0x04, X31, X31
+	VPCLMULQDQ $0x00, reduction<>+0(SB), X0, X0
+	VPXORQ     X0, X31, X31
+	DECQ       R8
+	JNZ        skip
+	MOVQ       skip+48(FP), R8
+
+unit:
+	// count = min(sectors, 8 - skip); only the first unit skips.
+	MOVQ        $0x0000000000000008, R9
+	SUBQ        R8, R9
+	XORQ        R8, R8
+	CMPQ        BX, R9
+	CMOVQCS     BX, R9
+	SUBQ        R9, BX
+	VSHUFI64X2  $0x00, Z31, Z31, Z7
+	VPSLLVQ     shiftsUp<>+0(SB), Z7, Z8
+	VPSRLVQ     shiftsDown<>+0(SB), Z7, Z0
+	VPSLLDQ     $0x08, Z0, Z1
+	VPCLMULQDQ  $0x01, reduction<>+0(SB), Z0, Z0
+	VPTERNLOGQ  $0x96, Z1, Z0, Z8
+	VPSLLVQ     shiftsUp<>+64(SB), Z7, Z9
+	VPSRLVQ     shiftsDown<>+64(SB), Z7, Z0
+	VPSLLDQ     $0x08, Z0, Z1
+	VPCLMULQDQ  $0x01, reduction<>+0(SB), Z0, Z0
+	VPTERNLOGQ  $0x96, Z1, Z0, Z9
+	VPSLLVQ     shiftsUp<>+128(SB), Z7, Z10
+	VPSRLVQ     shiftsDown<>+128(SB), Z7, Z0
+	VPSLLDQ     $0x08, Z0, Z1
+	VPCLMULQDQ  $0x01, reduction<>+0(SB), Z0, Z0
+	VPTERNLOGQ  $0x96, Z1, Z0, Z10
+	VPSLLVQ     shiftsUp<>+192(SB), Z7, Z11
+	VPSRLVQ     shiftsDown<>+192(SB), Z7, Z0
+	VPSLLDQ     $0x08, Z0, Z1
+	VPCLMULQDQ  $0x01, reduction<>+0(SB), Z0, Z0
+	VPTERNLOGQ  $0x96, Z1, Z0, Z11
+	VPSLLVQ     shiftsUp<>+256(SB), Z7, Z12
+	VPSRLVQ     shiftsDown<>+256(SB), Z7, Z0
+	VPSLLDQ     $0x08, Z0, Z1
+	VPCLMULQDQ  $0x01, reduction<>+0(SB), Z0, Z0
+	VPTERNLOGQ  $0x96, Z1, Z0, Z12
+	VPSLLVQ     shiftsUp<>+320(SB), Z7, Z13
+	VPSRLVQ     shiftsDown<>+320(SB), Z7, Z0
+	VPSLLDQ     $0x08, Z0, Z1
+	VPCLMULQDQ  $0x01, reduction<>+0(SB), Z0, Z0
+	VPTERNLOGQ  $0x96, Z1, Z0, Z13
+	VPSLLVQ     shiftsUp<>+384(SB), Z7, Z14
+	VPSRLVQ     shiftsDown<>+384(SB), Z7, Z0
+	VPSLLDQ     $0x08, Z0, Z1
+	VPCLMULQDQ  $0x01, reduction<>+0(SB), Z0, Z0
+	VPTERNLOGQ  $0x96, Z1, Z0, Z14
+	VPSLLVQ     shiftsUp<>+448(SB), Z7, Z15
+	VPSRLVQ     shiftsDown<>+448(SB), Z7, Z0
+	VPSLLDQ     $0x08, Z0, Z1
+	VPCLMULQDQ  $0x01, reduction<>+0(SB), Z0, Z0
+	VPTERNLOGQ  $0x96, Z1, Z0, Z15
+	TESTQ       BX, BX
+	JZ          batch
+	ADDQ        $0x01, SI
+	ADCQ        $0x00, DI
+	VMOVQ       SI, X0
+	VPINSRQ     $0x01, DI, X0, X0
+	VPXOR       512(AX), X0, X0
+	VAESENC     528(AX), X0, X0
+	VAESENC     544(AX), X0, X0
+	VAESENC     560(AX), X0, X0
+	VAESENC     576(AX), X0, X0
+	VAESENC     592(AX), X0, X0
+	VAESENC     608(AX), X0, X0
+	VAESENC     624(AX), X0, X0
+	VAESENC     640(AX), X0, X0
+	VAESENC     656(AX), X0, X0
+	VAESENC     672(AX), X0, X0
+	VAESENC     688(AX), X0, X0
+	VAESENC     704(AX), X0, X0
+	VAESENC     720(AX), X0, X0
+	VAESENCLAST 736(AX), X0, X0
+	VMOVDQA64   X0, X31
+
+batch:
+	VMOVDQA64   Z8, Z0
+	VPTERNLOGQ  $0x96, (DX), Z16, Z0
+	VMOVDQA64   Z9, Z1
+	VPTERNLOGQ  $0x96, 64(DX), Z16, Z1
+	VMOVDQA64   Z10, Z2
+	VPTERNLOGQ  $0x96, 128(DX), Z16, Z2
+	VMOVDQA64   Z11, Z3
+	VPTERNLOGQ  $0x96, 192(DX), Z16, Z3
+	VMOVDQA64   Z12, Z4
+	VPTERNLOGQ  $0x96, 256(DX), Z16, Z4
+	VMOVDQA64   Z13, Z5
+	VPTERNLOGQ  $0x96, 320(DX), Z16, Z5
+	VMOVDQA64   Z14, Z6
+	VPTERNLOGQ  $0x96, 384(DX), Z16, Z6
+	VMOVDQA64   Z15, Z7
+	VPTERNLOGQ  $0x96, 448(DX), Z16, Z7
+	VAESDEC     Z17, Z0, Z0
+	VAESDEC     Z17, Z1, Z1
+	VAESDEC     Z17, Z2, Z2
+	VAESDEC     Z17, Z3, Z3
+	VAESDEC     Z17, Z4, Z4
+	VAESDEC     Z17, Z5, Z5
+	VAESDEC     Z17, Z6, Z6
+	VAESDEC     Z17, Z7, Z7
+	VAESDEC     Z18, Z0, Z0
+	VAESDEC     Z18, Z1, Z1
+	VAESDEC     Z18, Z2, Z2
+	VAESDEC     Z18, Z3, Z3
+	VAESDEC     Z18, Z4, Z4
+	VAESDEC     Z18, Z5, Z5
+	VAESDEC     Z18, Z6, Z6
+	VAESDEC     Z18, Z7, Z7
+	VAESDEC     Z19, Z0, Z0
+	VAESDEC     Z19, Z1, Z1
+	VAESDEC     Z19, Z2, Z2
+	VAESDEC     Z19, Z3, Z3
+	VAESDEC     Z19, Z4, Z4
+	VAESDEC     Z19, Z5, Z5
+	VAESDEC     Z19, Z6, Z6
+	VAESDEC     Z19, Z7, Z7
+	VAESDEC     Z20, Z0, Z0
+	VAESDEC     Z20, Z1, Z1
+	VAESDEC     Z20, Z2, Z2
+	VAESDEC     Z20, Z3, Z3
+	VAESDEC     Z20, Z4, Z4
+	VAESDEC     Z20, Z5, Z5
+	VAESDEC     Z20, Z6, Z6
+	VAESDEC     Z20, Z7, Z7
+	VAESDEC     Z21, Z0, Z0
+	VAESDEC     Z21, Z1, Z1
+	VAESDEC     Z21, Z2, Z2
+	VAESDEC     Z21, Z3, Z3
+	VAESDEC     Z21, Z4, Z4
+	VAESDEC     Z21, Z5, Z5
+	VAESDEC     Z21, Z6, Z6
+	VAESDEC     Z21, Z7, Z7
+	VAESDEC     Z22, Z0, Z0
+	VAESDEC     Z22, Z1, Z1
+	VAESDEC     Z22, Z2, Z2
+	VAESDEC     Z22, Z3, Z3
+	VAESDEC     Z22, Z4, Z4
+	VAESDEC     Z22, Z5, Z5
+	VAESDEC     Z22, Z6, Z6
+	VAESDEC     Z22, Z7, Z7
+	VAESDEC     Z23, Z0, Z0
+	VAESDEC     Z23, Z1, Z1
+	VAESDEC     Z23, Z2, Z2
+	VAESDEC     Z23, Z3, Z3
+	VAESDEC     Z23, Z4, Z4
+	VAESDEC     Z23, Z5, Z5
+	VAESDEC     Z23, Z6, Z6
+	VAESDEC     Z23, Z7, Z7
+	VAESDEC     Z24, Z0, Z0
+	VAESDEC     Z24, Z1, Z1
+	VAESDEC     Z24, Z2, Z2
+	VAESDEC     Z24, Z3, Z3
+	VAESDEC     Z24, Z4, Z4
+	VAESDEC     Z24, Z5, Z5
+	VAESDEC     Z24, Z6, Z6
+	VAESDEC     Z24, Z7, Z7
+	VAESDEC     Z25, Z0, Z0
+	VAESDEC     Z25, Z1, Z1
+	VAESDEC     Z25, Z2, Z2
+	VAESDEC     Z25, Z3, Z3
+	VAESDEC     Z25, Z4, Z4
+	VAESDEC     Z25, Z5, Z5
+	VAESDEC     Z25, Z6, Z6
+	VAESDEC     Z25, Z7, Z7
+	VAESDEC     Z26, Z0, Z0
+	VAESDEC     Z26, Z1, Z1
+	VAESDEC     Z26, Z2, Z2
+	VAESDEC     Z26, Z3, Z3
+	VAESDEC     Z26, Z4, Z4
+	VAESDEC     Z26, Z5, Z5
+	VAESDEC     Z26, Z6, Z6
+	VAESDEC     Z26, Z7, Z7
+	VAESDEC     Z27, Z0, Z0
+	VAESDEC     Z27, Z1, Z1
+	VAESDEC     Z27, Z2, Z2
+	VAESDEC     Z27, Z3, Z3
+	VAESDEC     Z27, Z4, Z4
+	VAESDEC     Z27, Z5, Z5
+	VAESDEC     Z27, Z6, Z6
+	VAESDEC     Z27, Z7, Z7
+	VAESDEC     Z28, Z0, Z0
+	VAESDEC     Z28, Z1, Z1
+	VAESDEC     Z28, Z2, Z2
+	VAESDEC     Z28, Z3, Z3
+	VAESDEC     Z28, Z4, Z4
+	VAESDEC     Z28, Z5, Z5
+	VAESDEC     Z28, Z6, Z6
+	VAESDEC     Z28, Z7, Z7
+	VAESDEC     Z29, Z0, Z0
+	VAESDEC     Z29, Z1, Z1
+	VAESDEC     Z29, Z2, Z2
+	VAESDEC     Z29, Z3, Z3
+	VAESDEC     Z29, Z4, Z4
+	VAESDEC     Z29, Z5, Z5
+	VAESDEC     Z29, Z6, Z6
+	VAESDEC     Z29, Z7, Z7
+	VAESDECLAST Z30, Z0, Z0
+	VAESDECLAST Z30, Z1, Z1
+	VAESDECLAST Z30, Z2, Z2
+	VAESDECLAST Z30, Z3, Z3
+	VAESDECLAST Z30, Z4, Z4
+	VAESDECLAST Z30, Z5, Z5
+	VAESDECLAST Z30, Z6, Z6
+	VAESDECLAST Z30, Z7, Z7
+	VPXORQ      Z8, Z0, Z0
+	VMOVDQU64   Z0, (CX)
+	VPSRLDQ     $0x0c, Z8, Z0
+	VPSLLDQ     $0x04, Z8, Z8
+	VPCLMULQDQ  $0x00, reduction<>+0(SB), Z0, Z0
+	VPXORQ      Z0, Z8, Z8
+	VPXORQ      Z9, Z1, Z1
+	VMOVDQU64   Z1, 64(CX)
+	VPSRLDQ     $0x0c, Z9, Z1
+	VPSLLDQ     $0x04, Z9, Z9
+	VPCLMULQDQ  $0x00, reduction<>+0(SB), Z1, Z1
+	VPXORQ      Z1, Z9, Z9
+	VPXORQ      Z10, Z2, Z2
+	VMOVDQU64   Z2, 128(CX)
+	VPSRLDQ     $0x0c, Z10, Z2
+	VPSLLDQ     $0x04, Z10, Z10
+	VPCLMULQDQ  $0x00, reduction<>+0(SB), Z2, Z2
+	VPXORQ      Z2, Z10, Z10
+	VPXORQ      Z11, Z3, Z3
+	VMOVDQU64   Z3, 192(CX)
+	VPSRLDQ     $0x0c, Z11, Z3
+	VPSLLDQ     $0x04, Z11, Z11
+	VPCLMULQDQ  $0x00, reduction<>+0(SB), Z3, Z3
+	VPXORQ      Z3, Z11, Z11
+	VPXORQ      Z12, Z4, Z4
+	VMOVDQU64   Z4, 256(CX)
+	VPSRLDQ     $0x0c, Z12, Z4
+	VPSLLDQ     $0x04, Z12, Z12
+	VPCLMULQDQ  $0x00, reduction<>+0(SB), Z4, Z4
+	VPXORQ      Z4, Z12, Z12
+	VPXORQ      Z13, Z5, Z5
+	VMOVDQU64   Z5, 320(CX)
+	VPSRLDQ     $0x0c, Z13, Z5
+	VPSLLDQ     $0x04, Z13, Z13
+	VPCLMULQDQ  $0x00, reduction<>+0(SB), Z5, Z5
+	VPXORQ      Z5, Z13, Z13
+	VPXORQ      Z14, Z6, Z6
+	VMOVDQU64   Z6, 384(CX)
+	VPSRLDQ     $0x0c, Z14, Z6
+	VPSLLDQ     $0x04, Z14, Z14
+	VPCLMULQDQ  $0x00, reduction<>+0(SB), Z6, Z6
+	VPXORQ      Z6, Z14, Z14
+	VPXORQ      Z15, Z7, Z7
+	VMOVDQU64   Z7, 448(CX)
+	VPSRLDQ     $0x0c, Z15, Z7
+	VPSLLDQ     $0x04, Z15, Z15
+	VPCLMULQDQ  $0x00, reduction<>+0(SB), Z7, Z7
+	VPXORQ      Z7, Z15, Z15
+	ADDQ        $0x00000200, DX
+	ADDQ        $0x00000200, CX
+	DECQ        R9
+	JNZ         batch
+	TESTQ       BX, BX
+	JNZ         unit
+	VZEROALL
+	VPXORQ      X16, X16, X16
+	VPXORQ      X17, X17, X17
+	VPXORQ      X18, X18, X18
+	VPXORQ      X19, X19, X19
+	VPXORQ      X20, X20, X20
+	VPXORQ      X21, X21, X21
+	VPXORQ      X22, X22, X22
+	VPXORQ      X23, X23, X23
+	VPXORQ      X24, X24, X24
+	VPXORQ      X25, X25, X25
+	VPXORQ      X26, X26, X26
+	VPXORQ      X27, X27, X27
+	VPXORQ      X28, X28, X28
+	VPXORQ      X29, X29, X29
+	VPXORQ      X30, X30, X30
+	VPXORQ      X31, X31, X31
 	RET

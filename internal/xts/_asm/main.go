@@ -30,6 +30,7 @@ func main() {
 
 	expandKeys()
 	cpuid()
+	tables()
 	for _, decrypt := range []bool{false, true} {
 		sse(decrypt)
 		avx2(decrypt)
@@ -136,13 +137,12 @@ func at(base Register, offset, i, size int) Mem {
 }
 
 func cpuid() {
-	TEXT("cpuid7", NOSPLIT, "func() (ebx, ecx uint32)")
-	Doc("cpuid7 returns two words of the extended feature flags: CPUID leaf 7.",
-		"The CPU must have that leaf.")
+	TEXT("cpuid7", NOSPLIT, "func() (ecx uint32)")
+	Doc("cpuid7 returns ECX of CPUID leaf 7, subleaf 0: extended feature flags. The CPU",
+		"must have that leaf.")
 	MOVL(U32(7), EAX)
 	XORL(ECX, ECX)
 	CPUID()
-	Store(EBX, ReturnIndex(0))
-	Store(ECX, ReturnIndex(1))
+	Store(ECX, ReturnIndex(0))
 	RET()
 }

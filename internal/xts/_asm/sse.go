@@ -16,9 +16,7 @@ func sse(decrypt bool) {
 	stack := AllocLocal(batch * 16)
 	tweak := func(i int) Mem { return stack.Offset(i * 16) }
 
-	reduction := GP64()
-	MOVQ(U64(0x87), reduction)
-	MOVQ(reduction, poly)
+	MOVOU(reduction, poly)
 
 	r.encryptTweak = func() {
 		MOVQ(r.lo, first)
