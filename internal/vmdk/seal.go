@@ -18,6 +18,7 @@ const (
 
 const (
 	keySafeKey    = "encryption.keySafe"
+	targetKey     = "encryption.keySafe.target"
 	cipherKey     = "encryption.cipher"
 	unitSizeKey   = "encryption.unitSize"
 	epochKey      = "encryption.epoch"
@@ -48,6 +49,11 @@ func (d *Descriptor) encryption() (e Encryption, err error) {
 	if e.KeySafe, err = keysafe.Parse(text); err != nil {
 		return e, &Error{File: d.name, Line: d.lineOf(keySafeKey), Cause: ErrEdited, Why: fmt.Sprintf("entry %s: %v", keySafeKey, err)}
 	}
+	if text, ok := d.Get(targetKey); ok {
+		if e.Target, err = keysafe.Parse(text); err != nil {
+			return e, &Error{File: d.name, Line: d.lineOf(targetKey), Cause: ErrEdited, Why: fmt.Sprintf("entry %s: %v", targetKey, err)}
+		}
+	}
 	e.Cipher, _ = d.Get(cipherKey)
 	if e.Cipher != keysafe.CipherXTS {
 		return e, d.errorf(d.lineOf(cipherKey), ErrUnsupported, "cipher %.32q; this version opens %s; if no newer Mortise wrote it, %s", e.Cipher, keysafe.CipherXTS, restore)
@@ -76,7 +82,8 @@ func (d *Descriptor) encryption() (e Encryption, err error) {
 }
 
 // Seal makes the link an encrypted one, or an encrypted one's entries new, and
-// authenticates everything. mac is that of the link's DEK with MACInfo. Sealing
+// authenticates everything. mac is that of the link's DEK with MACInfo; with a
+// Target, that of the target's DEK. Sealing
 // again needs a greater Generation than the descriptor has: ErrConflict
 // otherwise, so that of two who changed the same descriptor the second notices.
 func (d *Descriptor) Seal(e Encryption, mac *keysafe.MAC) error {
@@ -108,6 +115,11 @@ func (d *Descriptor) Seal(e Encryption, mac *keysafe.MAC) error {
 		d.comment("# Encryption: do not edit, it is authenticated")
 	}
 	d.put(keySafeKey, e.KeySafe.String(), wide)
+	if e.Target.Empty() {
+		d.remove(func(low string) bool { return low == strings.ToLower(targetKey) })
+	} else {
+		d.put(targetKey, e.Target.String(), wide)
+	}
 	d.put(cipherKey, e.Cipher, wide)
 	d.put(unitSizeKey, strconv.FormatUint(uint64(e.UnitSize), 10), wide)
 	d.put(epochKey, strconv.FormatUint(e.Epoch, 10), wide)
@@ -119,7 +131,8 @@ func (d *Descriptor) Seal(e Encryption, mac *keysafe.MAC) error {
 }
 
 // Verify checks that the descriptor is as it was sealed: ErrEdited otherwise
-// (rule E8). mac is that of the link's DEK with MACInfo.
+// (rule E8). mac is that of the link's DEK, or the target's if there is one, with
+// MACInfo.
 func (d *Descriptor) Verify(mac *keysafe.MAC) error {
 	v, _ := d.Get(macKey)
 	sum, err := hex.DecodeString(v)

@@ -22,7 +22,12 @@
 //	encryption.generation  counts this descriptor's changes
 //	encryption.mac         64 hexadecimal digits
 //
-// The MAC is keysafe.MAC with MACInfo, keyed from the DEK, over every entry but
+// While a deep recrypt gives it another DEK (rule R2), there is one entry more:
+//
+//	encryption.keySafe.target  the wrapped DEK that is coming
+//
+// The MAC is keysafe.MAC with MACInfo, keyed from the DEK (the one that is coming,
+// if there is one), over every entry but
 // encryption.mac and the ddb.* entries other than ddb.uuid (those may be edited
 // without keys, rule E2), then every extent. Entries stand in the order of their
 // lower-case keys as Line{"entry " + key, value}, extents in file order as
@@ -135,10 +140,11 @@ func (e Extent) String() string {
 // Encryption is what a descriptor says about the encryption of its link.
 type Encryption struct {
 	KeySafe    keysafe.Safe
-	Cipher     string // keysafe.CipherXTS
-	UnitSize   uint32 // bytes
-	Epoch      uint64 // conversions of this link so far, from 1
-	Generation uint64 // changes of this descriptor so far, from 1
+	Target     keysafe.Safe // of the DEK that a deep recrypt gives the link; else empty
+	Cipher     string       // keysafe.CipherXTS
+	UnitSize   uint32       // bytes
+	Epoch      uint64       // conversions of this link so far, from 1
+	Generation uint64       // changes of this descriptor so far, from 1
 }
 
 // A Descriptor is a parsed descriptor. It is not safe for concurrent use.
