@@ -117,6 +117,10 @@ func (b *Bundle) Keep(id KeyID) error {
 	return nil
 }
 
+// Succeed lets a fresh bundle take the place of old, which it was made from, as a
+// deep recrypt of the VM's files needs: Seal then wants f at old's generation.
+func (b *Bundle) Succeed(old *Bundle) { b.generation = old.generation }
+
 // Wipe zeroes every key in the bundle; a nil Bundle is fine.
 func (b *Bundle) Wipe() {
 	if b == nil {
