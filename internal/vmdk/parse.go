@@ -97,7 +97,7 @@ func (d *Descriptor) parseLine(n int, raw string) (line, error) {
 	if i := strings.IndexFunc(body, func(r rune) bool { return r < ' ' && r != '\t' || r == 0x7f }); i >= 0 {
 		return l, d.errorf(n, ErrSyntax, "a control character; %s", restore)
 	}
-	switch strings.Fields(text)[0] {
+	switch access, _, _ := strings.Cut(strings.ReplaceAll(text, "\t", " "), " "); access {
 	case "RW", "RDONLY", "NOACCESS":
 		e, err := d.parseExtent(n, text, l.end == "")
 		l.extent = e
