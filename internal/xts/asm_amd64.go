@@ -15,7 +15,7 @@ const scheduleSize = 3 * 256
 func available() []implementation {
 	x := &cpu.X86
 	impls := []implementation{generic}
-	if !x.HasAES || !x.HasPCLMULQDQ || !x.HasSSE41 {
+	if !x.HasAES || !x.HasPCLMULQDQ || !x.HasAVX {
 		return impls
 	}
 	impls = append(impls, aesni)

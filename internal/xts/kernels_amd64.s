@@ -558,419 +558,341 @@ DATA reduction<>+56(SB)/8, $0x0000000000000000
 GLOBL reduction<>(SB), RODATA|NOPTR, $64
 
 // func encryptAESNI(keys *byte, dst *byte, src *byte, sectors uint64, lo uint64, hi uint64, skip uint64)
-// Requires: AES, CMOV, PCLMULQDQ, SSE2, SSE4.1
-TEXT ·encryptAESNI(SB), NOSPLIT, $128-56
-	MOVQ       keys+0(FP), AX
-	MOVQ       dst+8(FP), CX
-	MOVQ       src+16(FP), DX
-	MOVQ       sectors+24(FP), BX
-	MOVQ       lo+32(FP), SI
-	MOVQ       hi+40(FP), DI
-	MOVQ       skip+48(FP), R8
-	MOVOU      reduction<>+0(SB), X11
-	MOVQ       SI, X10
-	PINSRQ     $0x01, DI, X10
-	PXOR       512(AX), X10
-	AESENC     528(AX), X10
-	AESENC     544(AX), X10
-	AESENC     560(AX), X10
-	AESENC     576(AX), X10
-	AESENC     592(AX), X10
-	AESENC     608(AX), X10
-	AESENC     624(AX), X10
-	AESENC     640(AX), X10
-	AESENC     656(AX), X10
-	AESENC     672(AX), X10
-	AESENC     688(AX), X10
-	AESENC     704(AX), X10
-	AESENC     720(AX), X10
-	AESENCLAST 736(AX), X10
-	TESTQ      R8, R8
-	JZ         unit
+// Requires: AES, AVX, CMOV, PCLMULQDQ
+TEXT ·encryptAESNI(SB), NOSPLIT, $64-56
+	MOVQ        keys+0(FP), AX
+	MOVQ        dst+8(FP), CX
+	MOVQ        src+16(FP), DX
+	MOVQ        sectors+24(FP), BX
+	MOVQ        lo+32(FP), SI
+	MOVQ        hi+40(FP), DI
+	MOVQ        skip+48(FP), R8
+	VMOVDQU     reduction<>+0(SB), X11
+	VMOVQ       SI, X10
+	VPINSRQ     $0x01, DI, X10, X10
+	VPXOR       512(AX), X10, X10
+	VAESENC     528(AX), X10, X10
+	VAESENC     544(AX), X10, X10
+	VAESENC     560(AX), X10, X10
+	VAESENC     576(AX), X10, X10
+	VAESENC     592(AX), X10, X10
+	VAESENC     608(AX), X10, X10
+	VAESENC     624(AX), X10, X10
+	VAESENC     640(AX), X10, X10
+	VAESENC     656(AX), X10, X10
+	VAESENC     672(AX), X10, X10
+	VAESENC     688(AX), X10, X10
+	VAESENC     704(AX), X10, X10
+	VAESENC     720(AX), X10, X10
+	VAESENCLAST 736(AX), X10, X10
+	TESTQ       R8, R8
+	JZ          unit
 
 skip:
-	MOVO      X10, X9
-	PSLLDQ    $0x04, X10
-	PSRLDQ    $0x0c, X9
-	PCLMULQDQ $0x00, X11, X9
-	PXOR      X9, X10
-	DECQ      R8
-	JNZ       skip
-	MOVQ      skip+48(FP), R8
+	VPSRLDQ    $0x0c, X10, X0
+	VPSLLDQ    $0x04, X10, X10
+	VPCLMULQDQ $0x00, X11, X0, X0
+	VPXOR      X0, X10, X10
+	DECQ       R8
+	JNZ        skip
+	MOVQ       skip+48(FP), R8
 
 unit:
 	// count = min(sectors, 8 - skip); only the first unit skips.
-	MOVQ    $0x0000000000000008, R9
-	SUBQ    R8, R9
-	XORQ    R8, R8
-	CMPQ    BX, R9
-	CMOVQCS BX, R9
-	SUBQ    R9, BX
-	IMUL3Q  $0x00000004, R9, R9
-	MOVOU   X10, (SP)
-
-	// Tweak 1: the low 1 bits that leave the upper half come back as their product with 0x87.
-	MOVO      X10, X0
-	MOVO      X10, X1
-	PSLLQ     $0x01, X0
-	PSRLQ     $0x3f, X1
-	MOVO      X1, X2
-	PSLLDQ    $0x08, X2
-	PCLMULQDQ $0x01, X11, X1
-	PXOR      X2, X0
-	PXOR      X1, X0
-	MOVOU     X0, 16(SP)
-
-	// Tweak 2: the low 2 bits that leave the upper half come back as their product with 0x87.
-	MOVO      X10, X0
-	MOVO      X10, X1
-	PSLLQ     $0x02, X0
-	PSRLQ     $0x3e, X1
-	MOVO      X1, X2
-	PSLLDQ    $0x08, X2
-	PCLMULQDQ $0x01, X11, X1
-	PXOR      X2, X0
-	PXOR      X1, X0
-	MOVOU     X0, 32(SP)
-
-	// Tweak 3: the low 3 bits that leave the upper half come back as their product with 0x87.
-	MOVO      X10, X0
-	MOVO      X10, X1
-	PSLLQ     $0x03, X0
-	PSRLQ     $0x3d, X1
-	MOVO      X1, X2
-	PSLLDQ    $0x08, X2
-	PCLMULQDQ $0x01, X11, X1
-	PXOR      X2, X0
-	PXOR      X1, X0
-	MOVOU     X0, 48(SP)
-
-	// Tweak 4: the low 4 bits that leave the upper half come back as their product with 0x87.
-	MOVO      X10, X0
-	MOVO      X10, X1
-	PSLLQ     $0x04, X0
-	PSRLQ     $0x3c, X1
-	MOVO      X1, X2
-	PSLLDQ    $0x08, X2
-	PCLMULQDQ $0x01, X11, X1
-	PXOR      X2, X0
-	PXOR      X1, X0
-	MOVOU     X0, 64(SP)
-
-	// Tweak 5: the low 5 bits that leave the upper half come back as their product with 0x87.
-	MOVO      X10, X0
-	MOVO      X10, X1
-	PSLLQ     $0x05, X0
-	PSRLQ     $0x3b, X1
-	MOVO      X1, X2
-	PSLLDQ    $0x08, X2
-	PCLMULQDQ $0x01, X11, X1
-	PXOR      X2, X0
-	PXOR      X1, X0
-	MOVOU     X0, 80(SP)
-
-	// Tweak 6: the low 6 bits that leave the upper half come back as their product with 0x87.
-	MOVO      X10, X0
-	MOVO      X10, X1
-	PSLLQ     $0x06, X0
-	PSRLQ     $0x3a, X1
-	MOVO      X1, X2
-	PSLLDQ    $0x08, X2
-	PCLMULQDQ $0x01, X11, X1
-	PXOR      X2, X0
-	PXOR      X1, X0
-	MOVOU     X0, 96(SP)
-
-	// Tweak 7: the low 7 bits that leave the upper half come back as their product with 0x87.
-	MOVO       X10, X0
-	MOVO       X10, X1
-	PSLLQ      $0x07, X0
-	PSRLQ      $0x39, X1
-	MOVO       X1, X2
-	PSLLDQ     $0x08, X2
-	PCLMULQDQ  $0x01, X11, X1
-	PXOR       X2, X0
-	PXOR       X1, X0
-	MOVOU      X0, 112(SP)
-	TESTQ      BX, BX
-	JZ         batch
-	ADDQ       $0x01, SI
-	ADCQ       $0x00, DI
-	MOVQ       SI, X10
-	PINSRQ     $0x01, DI, X10
-	PXOR       512(AX), X10
-	AESENC     528(AX), X10
-	AESENC     544(AX), X10
-	AESENC     560(AX), X10
-	AESENC     576(AX), X10
-	AESENC     592(AX), X10
-	AESENC     608(AX), X10
-	AESENC     624(AX), X10
-	AESENC     640(AX), X10
-	AESENC     656(AX), X10
-	AESENC     672(AX), X10
-	AESENC     688(AX), X10
-	AESENC     704(AX), X10
-	AESENC     720(AX), X10
-	AESENCLAST 736(AX), X10
+	MOVQ        $0x0000000000000008, R9
+	SUBQ        R8, R9
+	XORQ        R8, R8
+	CMPQ        BX, R9
+	CMOVQCS     BX, R9
+	SUBQ        R9, BX
+	IMUL3Q      $0x00000004, R9, R9
+	VMOVDQA     X10, X9
+	VPSLLQ      $0x00, X9, X12
+	VPSRLQ      $0x40, X9, X1
+	VPSLLDQ     $0x08, X1, X2
+	VPCLMULQDQ  $0x01, X11, X1, X1
+	VPXOR       X2, X12, X12
+	VPXOR       X1, X12, X12
+	VPSLLQ      $0x01, X9, X13
+	VPSRLQ      $0x3f, X9, X1
+	VPSLLDQ     $0x08, X1, X2
+	VPCLMULQDQ  $0x01, X11, X1, X1
+	VPXOR       X2, X13, X13
+	VPXOR       X1, X13, X13
+	VPSLLQ      $0x02, X9, X14
+	VPSRLQ      $0x3e, X9, X1
+	VPSLLDQ     $0x08, X1, X2
+	VPCLMULQDQ  $0x01, X11, X1, X1
+	VPXOR       X2, X14, X14
+	VPXOR       X1, X14, X14
+	VPSLLQ      $0x03, X9, X15
+	VPSRLQ      $0x3d, X9, X1
+	VPSLLDQ     $0x08, X1, X2
+	VPCLMULQDQ  $0x01, X11, X1, X1
+	VPXOR       X2, X15, X15
+	VPXOR       X1, X15, X15
+	VPSLLQ      $0x04, X9, X0
+	VPSRLQ      $0x3c, X9, X1
+	VPSLLDQ     $0x08, X1, X2
+	VPCLMULQDQ  $0x01, X11, X1, X1
+	VPXOR       X2, X0, X0
+	VPXOR       X1, X0, X0
+	VMOVDQU     X0, (SP)
+	VPSLLQ      $0x05, X9, X0
+	VPSRLQ      $0x3b, X9, X1
+	VPSLLDQ     $0x08, X1, X2
+	VPCLMULQDQ  $0x01, X11, X1, X1
+	VPXOR       X2, X0, X0
+	VPXOR       X1, X0, X0
+	VMOVDQU     X0, 16(SP)
+	VPSLLQ      $0x06, X9, X0
+	VPSRLQ      $0x3a, X9, X1
+	VPSLLDQ     $0x08, X1, X2
+	VPCLMULQDQ  $0x01, X11, X1, X1
+	VPXOR       X2, X0, X0
+	VPXOR       X1, X0, X0
+	VMOVDQU     X0, 32(SP)
+	VPSLLQ      $0x07, X9, X0
+	VPSRLQ      $0x39, X9, X1
+	VPSLLDQ     $0x08, X1, X2
+	VPCLMULQDQ  $0x01, X11, X1, X1
+	VPXOR       X2, X0, X0
+	VPXOR       X1, X0, X0
+	VMOVDQU     X0, 48(SP)
+	TESTQ       BX, BX
+	JZ          batch
+	ADDQ        $0x01, SI
+	ADCQ        $0x00, DI
+	VMOVQ       SI, X10
+	VPINSRQ     $0x01, DI, X10, X10
+	VPXOR       512(AX), X10, X10
+	VAESENC     528(AX), X10, X10
+	VAESENC     544(AX), X10, X10
+	VAESENC     560(AX), X10, X10
+	VAESENC     576(AX), X10, X10
+	VAESENC     592(AX), X10, X10
+	VAESENC     608(AX), X10, X10
+	VAESENC     624(AX), X10, X10
+	VAESENC     640(AX), X10, X10
+	VAESENC     656(AX), X10, X10
+	VAESENC     672(AX), X10, X10
+	VAESENC     688(AX), X10, X10
+	VAESENC     704(AX), X10, X10
+	VAESENC     720(AX), X10, X10
+	VAESENCLAST 736(AX), X10, X10
 
 batch:
-	MOVOU      (AX), X8
-	MOVOU      (DX), X0
-	MOVOU      (SP), X9
-	PXOR       X8, X0
-	PXOR       X9, X0
-	MOVOU      16(DX), X1
-	MOVOU      16(SP), X9
-	PXOR       X8, X1
-	PXOR       X9, X1
-	MOVOU      32(DX), X2
-	MOVOU      32(SP), X9
-	PXOR       X8, X2
-	PXOR       X9, X2
-	MOVOU      48(DX), X3
-	MOVOU      48(SP), X9
-	PXOR       X8, X3
-	PXOR       X9, X3
-	MOVOU      64(DX), X4
-	MOVOU      64(SP), X9
-	PXOR       X8, X4
-	PXOR       X9, X4
-	MOVOU      80(DX), X5
-	MOVOU      80(SP), X9
-	PXOR       X8, X5
-	PXOR       X9, X5
-	MOVOU      96(DX), X6
-	MOVOU      96(SP), X9
-	PXOR       X8, X6
-	PXOR       X9, X6
-	MOVOU      112(DX), X7
-	MOVOU      112(SP), X9
-	PXOR       X8, X7
-	PXOR       X9, X7
-	MOVOU      16(AX), X8
-	AESENC     X8, X0
-	AESENC     X8, X1
-	AESENC     X8, X2
-	AESENC     X8, X3
-	AESENC     X8, X4
-	AESENC     X8, X5
-	AESENC     X8, X6
-	AESENC     X8, X7
-	MOVOU      32(AX), X8
-	AESENC     X8, X0
-	AESENC     X8, X1
-	AESENC     X8, X2
-	AESENC     X8, X3
-	AESENC     X8, X4
-	AESENC     X8, X5
-	AESENC     X8, X6
-	AESENC     X8, X7
-	MOVOU      48(AX), X8
-	AESENC     X8, X0
-	AESENC     X8, X1
-	AESENC     X8, X2
-	AESENC     X8, X3
-	AESENC     X8, X4
-	AESENC     X8, X5
-	AESENC     X8, X6
-	AESENC     X8, X7
-	MOVOU      64(AX), X8
-	AESENC     X8, X0
-	AESENC     X8, X1
-	AESENC     X8, X2
-	AESENC     X8, X3
-	AESENC     X8, X4
-	AESENC     X8, X5
-	AESENC     X8, X6
-	AESENC     X8, X7
-	MOVOU      80(AX), X8
-	AESENC     X8, X0
-	AESENC     X8, X1
-	AESENC     X8, X2
-	AESENC     X8, X3
-	AESENC     X8, X4
-	AESENC     X8, X5
-	AESENC     X8, X6
-	AESENC     X8, X7
-	MOVOU      96(AX), X8
-	AESENC     X8, X0
-	AESENC     X8, X1
-	AESENC     X8, X2
-	AESENC     X8, X3
-	AESENC     X8, X4
-	AESENC     X8, X5
-	AESENC     X8, X6
-	AESENC     X8, X7
-	MOVOU      112(AX), X8
-	AESENC     X8, X0
-	AESENC     X8, X1
-	AESENC     X8, X2
-	AESENC     X8, X3
-	AESENC     X8, X4
-	AESENC     X8, X5
-	AESENC     X8, X6
-	AESENC     X8, X7
-	MOVOU      128(AX), X8
-	AESENC     X8, X0
-	AESENC     X8, X1
-	AESENC     X8, X2
-	AESENC     X8, X3
-	AESENC     X8, X4
-	AESENC     X8, X5
-	AESENC     X8, X6
-	AESENC     X8, X7
-	MOVOU      144(AX), X8
-	AESENC     X8, X0
-	AESENC     X8, X1
-	AESENC     X8, X2
-	AESENC     X8, X3
-	AESENC     X8, X4
-	AESENC     X8, X5
-	AESENC     X8, X6
-	AESENC     X8, X7
-	MOVOU      160(AX), X8
-	AESENC     X8, X0
-	AESENC     X8, X1
-	AESENC     X8, X2
-	AESENC     X8, X3
-	AESENC     X8, X4
-	AESENC     X8, X5
-	AESENC     X8, X6
-	AESENC     X8, X7
-	MOVOU      176(AX), X8
-	AESENC     X8, X0
-	AESENC     X8, X1
-	AESENC     X8, X2
-	AESENC     X8, X3
-	AESENC     X8, X4
-	AESENC     X8, X5
-	AESENC     X8, X6
-	AESENC     X8, X7
-	MOVOU      192(AX), X8
-	AESENC     X8, X0
-	AESENC     X8, X1
-	AESENC     X8, X2
-	AESENC     X8, X3
-	AESENC     X8, X4
-	AESENC     X8, X5
-	AESENC     X8, X6
-	AESENC     X8, X7
-	MOVOU      208(AX), X8
-	AESENC     X8, X0
-	AESENC     X8, X1
-	AESENC     X8, X2
-	AESENC     X8, X3
-	AESENC     X8, X4
-	AESENC     X8, X5
-	AESENC     X8, X6
-	AESENC     X8, X7
-	MOVOU      224(AX), X8
-	AESENCLAST X8, X0
-	AESENCLAST X8, X1
-	AESENCLAST X8, X2
-	AESENCLAST X8, X3
-	AESENCLAST X8, X4
-	AESENCLAST X8, X5
-	AESENCLAST X8, X6
-	AESENCLAST X8, X7
-	MOVOU      (SP), X9
-	PXOR       X9, X0
-	MOVOU      X0, (CX)
-	MOVO       X9, X0
-	PSLLDQ     $0x01, X9
-	PSRLDQ     $0x0f, X0
-	PCLMULQDQ  $0x00, X11, X0
-	PXOR       X0, X9
-	MOVOU      X9, (SP)
-	MOVOU      16(SP), X9
-	PXOR       X9, X1
-	MOVOU      X1, 16(CX)
-	MOVO       X9, X1
-	PSLLDQ     $0x01, X9
-	PSRLDQ     $0x0f, X1
-	PCLMULQDQ  $0x00, X11, X1
-	PXOR       X1, X9
-	MOVOU      X9, 16(SP)
-	MOVOU      32(SP), X9
-	PXOR       X9, X2
-	MOVOU      X2, 32(CX)
-	MOVO       X9, X2
-	PSLLDQ     $0x01, X9
-	PSRLDQ     $0x0f, X2
-	PCLMULQDQ  $0x00, X11, X2
-	PXOR       X2, X9
-	MOVOU      X9, 32(SP)
-	MOVOU      48(SP), X9
-	PXOR       X9, X3
-	MOVOU      X3, 48(CX)
-	MOVO       X9, X3
-	PSLLDQ     $0x01, X9
-	PSRLDQ     $0x0f, X3
-	PCLMULQDQ  $0x00, X11, X3
-	PXOR       X3, X9
-	MOVOU      X9, 48(SP)
-	MOVOU      64(SP), X9
-	PXOR       X9, X4
-	MOVOU      X4, 64(CX)
-	MOVO       X9, X4
-	PSLLDQ     $0x01, X9
-	PSRLDQ     $0x0f, X4
-	PCLMULQDQ  $0x00, X11, X4
-	PXOR       X4, X9
-	MOVOU      X9, 64(SP)
-	MOVOU      80(SP), X9
-	PXOR       X9, X5
-	MOVOU      X5, 80(CX)
-	MOVO       X9, X5
-	PSLLDQ     $0x01, X9
-	PSRLDQ     $0x0f, X5
-	PCLMULQDQ  $0x00, X11, X5
-	PXOR       X5, X9
-	MOVOU      X9, 80(SP)
-	MOVOU      96(SP), X9
-	PXOR       X9, X6
-	MOVOU      X6, 96(CX)
-	MOVO       X9, X6
-	PSLLDQ     $0x01, X9
-	PSRLDQ     $0x0f, X6
-	PCLMULQDQ  $0x00, X11, X6
-	PXOR       X6, X9
-	MOVOU      X9, 96(SP)
-	MOVOU      112(SP), X9
-	PXOR       X9, X7
-	MOVOU      X7, 112(CX)
-	MOVO       X9, X7
-	PSLLDQ     $0x01, X9
-	PSRLDQ     $0x0f, X7
-	PCLMULQDQ  $0x00, X11, X7
-	PXOR       X7, X9
-	MOVOU      X9, 112(SP)
-	ADDQ       $0x00000080, DX
-	ADDQ       $0x00000080, CX
-	DECQ       R9
-	JNZ        batch
-	TESTQ      BX, BX
-	JNZ        unit
-	PXOR       X0, X0
-	PXOR       X1, X1
-	PXOR       X2, X2
-	PXOR       X3, X3
-	PXOR       X4, X4
-	PXOR       X5, X5
-	PXOR       X6, X6
-	PXOR       X7, X7
-	PXOR       X8, X8
-	PXOR       X9, X9
-	PXOR       X10, X10
-	MOVOU      X0, (SP)
-	MOVOU      X0, 16(SP)
-	MOVOU      X0, 32(SP)
-	MOVOU      X0, 48(SP)
-	MOVOU      X0, 64(SP)
-	MOVOU      X0, 80(SP)
-	MOVOU      X0, 96(SP)
-	MOVOU      X0, 112(SP)
+	VMOVDQU     (AX), X8
+	VPXOR       (DX), X8, X0
+	VPXOR       X12, X0, X0
+	VPXOR       16(DX), X8, X1
+	VPXOR       X13, X1, X1
+	VPXOR       32(DX), X8, X2
+	VPXOR       X14, X2, X2
+	VPXOR       48(DX), X8, X3
+	VPXOR       X15, X3, X3
+	VPXOR       64(DX), X8, X4
+	VPXOR       (SP), X4, X4
+	VPXOR       80(DX), X8, X5
+	VPXOR       16(SP), X5, X5
+	VPXOR       96(DX), X8, X6
+	VPXOR       32(SP), X6, X6
+	VPXOR       112(DX), X8, X7
+	VPXOR       48(SP), X7, X7
+	VMOVDQU     16(AX), X8
+	VAESENC     X8, X0, X0
+	VAESENC     X8, X1, X1
+	VAESENC     X8, X2, X2
+	VAESENC     X8, X3, X3
+	VAESENC     X8, X4, X4
+	VAESENC     X8, X5, X5
+	VAESENC     X8, X6, X6
+	VAESENC     X8, X7, X7
+	VMOVDQU     32(AX), X8
+	VAESENC     X8, X0, X0
+	VAESENC     X8, X1, X1
+	VAESENC     X8, X2, X2
+	VAESENC     X8, X3, X3
+	VAESENC     X8, X4, X4
+	VAESENC     X8, X5, X5
+	VAESENC     X8, X6, X6
+	VAESENC     X8, X7, X7
+	VMOVDQU     48(AX), X8
+	VAESENC     X8, X0, X0
+	VAESENC     X8, X1, X1
+	VAESENC     X8, X2, X2
+	VAESENC     X8, X3, X3
+	VAESENC     X8, X4, X4
+	VAESENC     X8, X5, X5
+	VAESENC     X8, X6, X6
+	VAESENC     X8, X7, X7
+	VMOVDQU     64(AX), X8
+	VAESENC     X8, X0, X0
+	VAESENC     X8, X1, X1
+	VAESENC     X8, X2, X2
+	VAESENC     X8, X3, X3
+	VAESENC     X8, X4, X4
+	VAESENC     X8, X5, X5
+	VAESENC     X8, X6, X6
+	VAESENC     X8, X7, X7
+	VMOVDQU     80(AX), X8
+	VAESENC     X8, X0, X0
+	VAESENC     X8, X1, X1
+	VAESENC     X8, X2, X2
+	VAESENC     X8, X3, X3
+	VAESENC     X8, X4, X4
+	VAESENC     X8, X5, X5
+	VAESENC     X8, X6, X6
+	VAESENC     X8, X7, X7
+	VMOVDQU     96(AX), X8
+	VAESENC     X8, X0, X0
+	VAESENC     X8, X1, X1
+	VAESENC     X8, X2, X2
+	VAESENC     X8, X3, X3
+	VAESENC     X8, X4, X4
+	VAESENC     X8, X5, X5
+	VAESENC     X8, X6, X6
+	VAESENC     X8, X7, X7
+	VMOVDQU     112(AX), X8
+	VAESENC     X8, X0, X0
+	VAESENC     X8, X1, X1
+	VAESENC     X8, X2, X2
+	VAESENC     X8, X3, X3
+	VAESENC     X8, X4, X4
+	VAESENC     X8, X5, X5
+	VAESENC     X8, X6, X6
+	VAESENC     X8, X7, X7
+	VMOVDQU     128(AX), X8
+	VAESENC     X8, X0, X0
+	VAESENC     X8, X1, X1
+	VAESENC     X8, X2, X2
+	VAESENC     X8, X3, X3
+	VAESENC     X8, X4, X4
+	VAESENC     X8, X5, X5
+	VAESENC     X8, X6, X6
+	VAESENC     X8, X7, X7
+	VMOVDQU     144(AX), X8
+	VAESENC     X8, X0, X0
+	VAESENC     X8, X1, X1
+	VAESENC     X8, X2, X2
+	VAESENC     X8, X3, X3
+	VAESENC     X8, X4, X4
+	VAESENC     X8, X5, X5
+	VAESENC     X8, X6, X6
+	VAESENC     X8, X7, X7
+	VMOVDQU     160(AX), X8
+	VAESENC     X8, X0, X0
+	VAESENC     X8, X1, X1
+	VAESENC     X8, X2, X2
+	VAESENC     X8, X3, X3
+	VAESENC     X8, X4, X4
+	VAESENC     X8, X5, X5
+	VAESENC     X8, X6, X6
+	VAESENC     X8, X7, X7
+	VMOVDQU     176(AX), X8
+	VAESENC     X8, X0, X0
+	VAESENC     X8, X1, X1
+	VAESENC     X8, X2, X2
+	VAESENC     X8, X3, X3
+	VAESENC     X8, X4, X4
+	VAESENC     X8, X5, X5
+	VAESENC     X8, X6, X6
+	VAESENC     X8, X7, X7
+	VMOVDQU     192(AX), X8
+	VAESENC     X8, X0, X0
+	VAESENC     X8, X1, X1
+	VAESENC     X8, X2, X2
+	VAESENC     X8, X3, X3
+	VAESENC     X8, X4, X4
+	VAESENC     X8, X5, X5
+	VAESENC     X8, X6, X6
+	VAESENC     X8, X7, X7
+	VMOVDQU     208(AX), X8
+	VAESENC     X8, X0, X0
+	VAESENC     X8, X1, X1
+	VAESENC     X8, X2, X2
+	VAESENC     X8, X3, X3
+	VAESENC     X8, X4, X4
+	VAESENC     X8, X5, X5
+	VAESENC     X8, X6, X6
+	VAESENC     X8, X7, X7
+	VMOVDQU     224(AX), X8
+	VAESENCLAST X8, X0, X0
+	VAESENCLAST X8, X1, X1
+	VAESENCLAST X8, X2, X2
+	VAESENCLAST X8, X3, X3
+	VAESENCLAST X8, X4, X4
+	VAESENCLAST X8, X5, X5
+	VAESENCLAST X8, X6, X6
+	VAESENCLAST X8, X7, X7
+	VPXOR       X12, X0, X0
+	VMOVDQU     X0, (CX)
+	VPSRLDQ     $0x0f, X12, X0
+	VPSLLDQ     $0x01, X12, X12
+	VPCLMULQDQ  $0x00, X11, X0, X0
+	VPXOR       X0, X12, X12
+	VPXOR       X13, X1, X1
+	VMOVDQU     X1, 16(CX)
+	VPSRLDQ     $0x0f, X13, X1
+	VPSLLDQ     $0x01, X13, X13
+	VPCLMULQDQ  $0x00, X11, X1, X1
+	VPXOR       X1, X13, X13
+	VPXOR       X14, X2, X2
+	VMOVDQU     X2, 32(CX)
+	VPSRLDQ     $0x0f, X14, X2
+	VPSLLDQ     $0x01, X14, X14
+	VPCLMULQDQ  $0x00, X11, X2, X2
+	VPXOR       X2, X14, X14
+	VPXOR       X15, X3, X3
+	VMOVDQU     X3, 48(CX)
+	VPSRLDQ     $0x0f, X15, X3
+	VPSLLDQ     $0x01, X15, X15
+	VPCLMULQDQ  $0x00, X11, X3, X3
+	VPXOR       X3, X15, X15
+	VMOVDQU     (SP), X9
+	VPXOR       X9, X4, X4
+	VMOVDQU     X4, 64(CX)
+	VPSRLDQ     $0x0f, X9, X4
+	VPSLLDQ     $0x01, X9, X9
+	VPCLMULQDQ  $0x00, X11, X4, X4
+	VPXOR       X4, X9, X9
+	VMOVDQU     X9, (SP)
+	VMOVDQU     16(SP), X9
+	VPXOR       X9, X5, X5
+	VMOVDQU     X5, 80(CX)
+	VPSRLDQ     $0x0f, X9, X5
+	VPSLLDQ     $0x01, X9, X9
+	VPCLMULQDQ  $0x00, X11, X5, X5
+	VPXOR       X5, X9, X9
+	VMOVDQU     X9, 16(SP)
+	VMOVDQU     32(SP), X9
+	VPXOR       X9, X6, X6
+	VMOVDQU     X6, 96(CX)
+	VPSRLDQ     $0x0f, X9, X6
+	VPSLLDQ     $0x01, X9, X9
+	VPCLMULQDQ  $0x00, X11, X6, X6
+	VPXOR       X6, X9, X9
+	VMOVDQU     X9, 32(SP)
+	VMOVDQU     48(SP), X9
+	VPXOR       X9, X7, X7
+	VMOVDQU     X7, 112(CX)
+	VPSRLDQ     $0x0f, X9, X7
+	VPSLLDQ     $0x01, X9, X9
+	VPCLMULQDQ  $0x00, X11, X7, X7
+	VPXOR       X7, X9, X9
+	VMOVDQU     X9, 48(SP)
+	ADDQ        $0x00000080, DX
+	ADDQ        $0x00000080, CX
+	DECQ        R9
+	JNZ         batch
+	TESTQ       BX, BX
+	JNZ         unit
+	VPXOR       X0, X0, X0
+	VMOVDQU     X0, (SP)
+	VMOVDQU     X0, 16(SP)
+	VMOVDQU     X0, 32(SP)
+	VMOVDQU     X0, 48(SP)
+	VZEROALL
 	RET
 
 // func encryptAVX2(keys *byte, dst *byte, src *byte, sectors uint64, lo uint64, hi uint64, skip uint64)
@@ -1265,33 +1187,33 @@ batch:
 	VPSLLDQ        $0x02, Y15, Y15
 	VPCLMULQDQ     $0x00, Y11, Y3, Y3
 	VPXOR          Y3, Y15, Y15
-	VPXOR          (SP), Y4, Y4
-	VMOVDQU        Y4, 128(CX)
 	VMOVDQU        (SP), Y9
+	VPXOR          Y9, Y4, Y4
+	VMOVDQU        Y4, 128(CX)
 	VPSRLDQ        $0x0e, Y9, Y4
 	VPSLLDQ        $0x02, Y9, Y9
 	VPCLMULQDQ     $0x00, Y11, Y4, Y4
 	VPXOR          Y4, Y9, Y9
 	VMOVDQU        Y9, (SP)
-	VPXOR          32(SP), Y5, Y5
-	VMOVDQU        Y5, 160(CX)
 	VMOVDQU        32(SP), Y9
+	VPXOR          Y9, Y5, Y5
+	VMOVDQU        Y5, 160(CX)
 	VPSRLDQ        $0x0e, Y9, Y5
 	VPSLLDQ        $0x02, Y9, Y9
 	VPCLMULQDQ     $0x00, Y11, Y5, Y5
 	VPXOR          Y5, Y9, Y9
 	VMOVDQU        Y9, 32(SP)
-	VPXOR          64(SP), Y6, Y6
-	VMOVDQU        Y6, 192(CX)
 	VMOVDQU        64(SP), Y9
+	VPXOR          Y9, Y6, Y6
+	VMOVDQU        Y6, 192(CX)
 	VPSRLDQ        $0x0e, Y9, Y6
 	VPSLLDQ        $0x02, Y9, Y9
 	VPCLMULQDQ     $0x00, Y11, Y6, Y6
 	VPXOR          Y6, Y9, Y9
 	VMOVDQU        Y9, 64(SP)
-	VPXOR          96(SP), Y7, Y7
-	VMOVDQU        Y7, 224(CX)
 	VMOVDQU        96(SP), Y9
+	VPXOR          Y9, Y7, Y7
+	VMOVDQU        Y7, 224(CX)
 	VPSRLDQ        $0x0e, Y9, Y7
 	VPSLLDQ        $0x02, Y9, Y9
 	VPCLMULQDQ     $0x00, Y11, Y7, Y7
@@ -1641,419 +1563,341 @@ batch:
 	RET
 
 // func decryptAESNI(keys *byte, dst *byte, src *byte, sectors uint64, lo uint64, hi uint64, skip uint64)
-// Requires: AES, CMOV, PCLMULQDQ, SSE2, SSE4.1
-TEXT ·decryptAESNI(SB), NOSPLIT, $128-56
-	MOVQ       keys+0(FP), AX
-	MOVQ       dst+8(FP), CX
-	MOVQ       src+16(FP), DX
-	MOVQ       sectors+24(FP), BX
-	MOVQ       lo+32(FP), SI
-	MOVQ       hi+40(FP), DI
-	MOVQ       skip+48(FP), R8
-	MOVOU      reduction<>+0(SB), X11
-	MOVQ       SI, X10
-	PINSRQ     $0x01, DI, X10
-	PXOR       512(AX), X10
-	AESENC     528(AX), X10
-	AESENC     544(AX), X10
-	AESENC     560(AX), X10
-	AESENC     576(AX), X10
-	AESENC     592(AX), X10
-	AESENC     608(AX), X10
-	AESENC     624(AX), X10
-	AESENC     640(AX), X10
-	AESENC     656(AX), X10
-	AESENC     672(AX), X10
-	AESENC     688(AX), X10
-	AESENC     704(AX), X10
-	AESENC     720(AX), X10
-	AESENCLAST 736(AX), X10
-	TESTQ      R8, R8
-	JZ         unit
+// Requires: AES, AVX, CMOV, PCLMULQDQ
+TEXT ·decryptAESNI(SB), NOSPLIT, $64-56
+	MOVQ        keys+0(FP), AX
+	MOVQ        dst+8(FP), CX
+	MOVQ        src+16(FP), DX
+	MOVQ        sectors+24(FP), BX
+	MOVQ        lo+32(FP), SI
+	MOVQ        hi+40(FP), DI
+	MOVQ        skip+48(FP), R8
+	VMOVDQU     reduction<>+0(SB), X11
+	VMOVQ       SI, X10
+	VPINSRQ     $0x01, DI, X10, X10
+	VPXOR       512(AX), X10, X10
+	VAESENC     528(AX), X10, X10
+	VAESENC     544(AX), X10, X10
+	VAESENC     560(AX), X10, X10
+	VAESENC     576(AX), X10, X10
+	VAESENC     592(AX), X10, X10
+	VAESENC     608(AX), X10, X10
+	VAESENC     624(AX), X10, X10
+	VAESENC     640(AX), X10, X10
+	VAESENC     656(AX), X10, X10
+	VAESENC     672(AX), X10, X10
+	VAESENC     688(AX), X10, X10
+	VAESENC     704(AX), X10, X10
+	VAESENC     720(AX), X10, X10
+	VAESENCLAST 736(AX), X10, X10
+	TESTQ       R8, R8
+	JZ          unit
 
 skip:
-	MOVO      X10, X9
-	PSLLDQ    $0x04, X10
-	PSRLDQ    $0x0c, X9
-	PCLMULQDQ $0x00, X11, X9
-	PXOR      X9, X10
-	DECQ      R8
-	JNZ       skip
-	MOVQ      skip+48(FP), R8
+	VPSRLDQ    $0x0c, X10, X0
+	VPSLLDQ    $0x04, X10, X10
+	VPCLMULQDQ $0x00, X11, X0, X0
+	VPXOR      X0, X10, X10
+	DECQ       R8
+	JNZ        skip
+	MOVQ       skip+48(FP), R8
 
 unit:
 	// count = min(sectors, 8 - skip); only the first unit skips.
-	MOVQ    $0x0000000000000008, R9
-	SUBQ    R8, R9
-	XORQ    R8, R8
-	CMPQ    BX, R9
-	CMOVQCS BX, R9
-	SUBQ    R9, BX
-	IMUL3Q  $0x00000004, R9, R9
-	MOVOU   X10, (SP)
-
-	// Tweak 1: the low 1 bits that leave the upper half come back as their product with 0x87.
-	MOVO      X10, X0
-	MOVO      X10, X1
-	PSLLQ     $0x01, X0
-	PSRLQ     $0x3f, X1
-	MOVO      X1, X2
-	PSLLDQ    $0x08, X2
-	PCLMULQDQ $0x01, X11, X1
-	PXOR      X2, X0
-	PXOR      X1, X0
-	MOVOU     X0, 16(SP)
-
-	// Tweak 2: the low 2 bits that leave the upper half come back as their product with 0x87.
-	MOVO      X10, X0
-	MOVO      X10, X1
-	PSLLQ     $0x02, X0
-	PSRLQ     $0x3e, X1
-	MOVO      X1, X2
-	PSLLDQ    $0x08, X2
-	PCLMULQDQ $0x01, X11, X1
-	PXOR      X2, X0
-	PXOR      X1, X0
-	MOVOU     X0, 32(SP)
-
-	// Tweak 3: the low 3 bits that leave the upper half come back as their product with 0x87.
-	MOVO      X10, X0
-	MOVO      X10, X1
-	PSLLQ     $0x03, X0
-	PSRLQ     $0x3d, X1
-	MOVO      X1, X2
-	PSLLDQ    $0x08, X2
-	PCLMULQDQ $0x01, X11, X1
-	PXOR      X2, X0
-	PXOR      X1, X0
-	MOVOU     X0, 48(SP)
-
-	// Tweak 4: the low 4 bits that leave the upper half come back as their product with 0x87.
-	MOVO      X10, X0
-	MOVO      X10, X1
-	PSLLQ     $0x04, X0
-	PSRLQ     $0x3c, X1
-	MOVO      X1, X2
-	PSLLDQ    $0x08, X2
-	PCLMULQDQ $0x01, X11, X1
-	PXOR      X2, X0
-	PXOR      X1, X0
-	MOVOU     X0, 64(SP)
-
-	// Tweak 5: the low 5 bits that leave the upper half come back as their product with 0x87.
-	MOVO      X10, X0
-	MOVO      X10, X1
-	PSLLQ     $0x05, X0
-	PSRLQ     $0x3b, X1
-	MOVO      X1, X2
-	PSLLDQ    $0x08, X2
-	PCLMULQDQ $0x01, X11, X1
-	PXOR      X2, X0
-	PXOR      X1, X0
-	MOVOU     X0, 80(SP)
-
-	// Tweak 6: the low 6 bits that leave the upper half come back as their product with 0x87.
-	MOVO      X10, X0
-	MOVO      X10, X1
-	PSLLQ     $0x06, X0
-	PSRLQ     $0x3a, X1
-	MOVO      X1, X2
-	PSLLDQ    $0x08, X2
-	PCLMULQDQ $0x01, X11, X1
-	PXOR      X2, X0
-	PXOR      X1, X0
-	MOVOU     X0, 96(SP)
-
-	// Tweak 7: the low 7 bits that leave the upper half come back as their product with 0x87.
-	MOVO       X10, X0
-	MOVO       X10, X1
-	PSLLQ      $0x07, X0
-	PSRLQ      $0x39, X1
-	MOVO       X1, X2
-	PSLLDQ     $0x08, X2
-	PCLMULQDQ  $0x01, X11, X1
-	PXOR       X2, X0
-	PXOR       X1, X0
-	MOVOU      X0, 112(SP)
-	TESTQ      BX, BX
-	JZ         batch
-	ADDQ       $0x01, SI
-	ADCQ       $0x00, DI
-	MOVQ       SI, X10
-	PINSRQ     $0x01, DI, X10
-	PXOR       512(AX), X10
-	AESENC     528(AX), X10
-	AESENC     544(AX), X10
-	AESENC     560(AX), X10
-	AESENC     576(AX), X10
-	AESENC     592(AX), X10
-	AESENC     608(AX), X10
-	AESENC     624(AX), X10
-	AESENC     640(AX), X10
-	AESENC     656(AX), X10
-	AESENC     672(AX), X10
-	AESENC     688(AX), X10
-	AESENC     704(AX), X10
-	AESENC     720(AX), X10
-	AESENCLAST 736(AX), X10
+	MOVQ        $0x0000000000000008, R9
+	SUBQ        R8, R9
+	XORQ        R8, R8
+	CMPQ        BX, R9
+	CMOVQCS     BX, R9
+	SUBQ        R9, BX
+	IMUL3Q      $0x00000004, R9, R9
+	VMOVDQA     X10, X9
+	VPSLLQ      $0x00, X9, X12
+	VPSRLQ      $0x40, X9, X1
+	VPSLLDQ     $0x08, X1, X2
+	VPCLMULQDQ  $0x01, X11, X1, X1
+	VPXOR       X2, X12, X12
+	VPXOR       X1, X12, X12
+	VPSLLQ      $0x01, X9, X13
+	VPSRLQ      $0x3f, X9, X1
+	VPSLLDQ     $0x08, X1, X2
+	VPCLMULQDQ  $0x01, X11, X1, X1
+	VPXOR       X2, X13, X13
+	VPXOR       X1, X13, X13
+	VPSLLQ      $0x02, X9, X14
+	VPSRLQ      $0x3e, X9, X1
+	VPSLLDQ     $0x08, X1, X2
+	VPCLMULQDQ  $0x01, X11, X1, X1
+	VPXOR       X2, X14, X14
+	VPXOR       X1, X14, X14
+	VPSLLQ      $0x03, X9, X15
+	VPSRLQ      $0x3d, X9, X1
+	VPSLLDQ     $0x08, X1, X2
+	VPCLMULQDQ  $0x01, X11, X1, X1
+	VPXOR       X2, X15, X15
+	VPXOR       X1, X15, X15
+	VPSLLQ      $0x04, X9, X0
+	VPSRLQ      $0x3c, X9, X1
+	VPSLLDQ     $0x08, X1, X2
+	VPCLMULQDQ  $0x01, X11, X1, X1
+	VPXOR       X2, X0, X0
+	VPXOR       X1, X0, X0
+	VMOVDQU     X0, (SP)
+	VPSLLQ      $0x05, X9, X0
+	VPSRLQ      $0x3b, X9, X1
+	VPSLLDQ     $0x08, X1, X2
+	VPCLMULQDQ  $0x01, X11, X1, X1
+	VPXOR       X2, X0, X0
+	VPXOR       X1, X0, X0
+	VMOVDQU     X0, 16(SP)
+	VPSLLQ      $0x06, X9, X0
+	VPSRLQ      $0x3a, X9, X1
+	VPSLLDQ     $0x08, X1, X2
+	VPCLMULQDQ  $0x01, X11, X1, X1
+	VPXOR       X2, X0, X0
+	VPXOR       X1, X0, X0
+	VMOVDQU     X0, 32(SP)
+	VPSLLQ      $0x07, X9, X0
+	VPSRLQ      $0x39, X9, X1
+	VPSLLDQ     $0x08, X1, X2
+	VPCLMULQDQ  $0x01, X11, X1, X1
+	VPXOR       X2, X0, X0
+	VPXOR       X1, X0, X0
+	VMOVDQU     X0, 48(SP)
+	TESTQ       BX, BX
+	JZ          batch
+	ADDQ        $0x01, SI
+	ADCQ        $0x00, DI
+	VMOVQ       SI, X10
+	VPINSRQ     $0x01, DI, X10, X10
+	VPXOR       512(AX), X10, X10
+	VAESENC     528(AX), X10, X10
+	VAESENC     544(AX), X10, X10
+	VAESENC     560(AX), X10, X10
+	VAESENC     576(AX), X10, X10
+	VAESENC     592(AX), X10, X10
+	VAESENC     608(AX), X10, X10
+	VAESENC     624(AX), X10, X10
+	VAESENC     640(AX), X10, X10
+	VAESENC     656(AX), X10, X10
+	VAESENC     672(AX), X10, X10
+	VAESENC     688(AX), X10, X10
+	VAESENC     704(AX), X10, X10
+	VAESENC     720(AX), X10, X10
+	VAESENCLAST 736(AX), X10, X10
 
 batch:
-	MOVOU      256(AX), X8
-	MOVOU      (DX), X0
-	MOVOU      (SP), X9
-	PXOR       X8, X0
-	PXOR       X9, X0
-	MOVOU      16(DX), X1
-	MOVOU      16(SP), X9
-	PXOR       X8, X1
-	PXOR       X9, X1
-	MOVOU      32(DX), X2
-	MOVOU      32(SP), X9
-	PXOR       X8, X2
-	PXOR       X9, X2
-	MOVOU      48(DX), X3
-	MOVOU      48(SP), X9
-	PXOR       X8, X3
-	PXOR       X9, X3
-	MOVOU      64(DX), X4
-	MOVOU      64(SP), X9
-	PXOR       X8, X4
-	PXOR       X9, X4
-	MOVOU      80(DX), X5
-	MOVOU      80(SP), X9
-	PXOR       X8, X5
-	PXOR       X9, X5
-	MOVOU      96(DX), X6
-	MOVOU      96(SP), X9
-	PXOR       X8, X6
-	PXOR       X9, X6
-	MOVOU      112(DX), X7
-	MOVOU      112(SP), X9
-	PXOR       X8, X7
-	PXOR       X9, X7
-	MOVOU      272(AX), X8
-	AESDEC     X8, X0
-	AESDEC     X8, X1
-	AESDEC     X8, X2
-	AESDEC     X8, X3
-	AESDEC     X8, X4
-	AESDEC     X8, X5
-	AESDEC     X8, X6
-	AESDEC     X8, X7
-	MOVOU      288(AX), X8
-	AESDEC     X8, X0
-	AESDEC     X8, X1
-	AESDEC     X8, X2
-	AESDEC     X8, X3
-	AESDEC     X8, X4
-	AESDEC     X8, X5
-	AESDEC     X8, X6
-	AESDEC     X8, X7
-	MOVOU      304(AX), X8
-	AESDEC     X8, X0
-	AESDEC     X8, X1
-	AESDEC     X8, X2
-	AESDEC     X8, X3
-	AESDEC     X8, X4
-	AESDEC     X8, X5
-	AESDEC     X8, X6
-	AESDEC     X8, X7
-	MOVOU      320(AX), X8
-	AESDEC     X8, X0
-	AESDEC     X8, X1
-	AESDEC     X8, X2
-	AESDEC     X8, X3
-	AESDEC     X8, X4
-	AESDEC     X8, X5
-	AESDEC     X8, X6
-	AESDEC     X8, X7
-	MOVOU      336(AX), X8
-	AESDEC     X8, X0
-	AESDEC     X8, X1
-	AESDEC     X8, X2
-	AESDEC     X8, X3
-	AESDEC     X8, X4
-	AESDEC     X8, X5
-	AESDEC     X8, X6
-	AESDEC     X8, X7
-	MOVOU      352(AX), X8
-	AESDEC     X8, X0
-	AESDEC     X8, X1
-	AESDEC     X8, X2
-	AESDEC     X8, X3
-	AESDEC     X8, X4
-	AESDEC     X8, X5
-	AESDEC     X8, X6
-	AESDEC     X8, X7
-	MOVOU      368(AX), X8
-	AESDEC     X8, X0
-	AESDEC     X8, X1
-	AESDEC     X8, X2
-	AESDEC     X8, X3
-	AESDEC     X8, X4
-	AESDEC     X8, X5
-	AESDEC     X8, X6
-	AESDEC     X8, X7
-	MOVOU      384(AX), X8
-	AESDEC     X8, X0
-	AESDEC     X8, X1
-	AESDEC     X8, X2
-	AESDEC     X8, X3
-	AESDEC     X8, X4
-	AESDEC     X8, X5
-	AESDEC     X8, X6
-	AESDEC     X8, X7
-	MOVOU      400(AX), X8
-	AESDEC     X8, X0
-	AESDEC     X8, X1
-	AESDEC     X8, X2
-	AESDEC     X8, X3
-	AESDEC     X8, X4
-	AESDEC     X8, X5
-	AESDEC     X8, X6
-	AESDEC     X8, X7
-	MOVOU      416(AX), X8
-	AESDEC     X8, X0
-	AESDEC     X8, X1
-	AESDEC     X8, X2
-	AESDEC     X8, X3
-	AESDEC     X8, X4
-	AESDEC     X8, X5
-	AESDEC     X8, X6
-	AESDEC     X8, X7
-	MOVOU      432(AX), X8
-	AESDEC     X8, X0
-	AESDEC     X8, X1
-	AESDEC     X8, X2
-	AESDEC     X8, X3
-	AESDEC     X8, X4
-	AESDEC     X8, X5
-	AESDEC     X8, X6
-	AESDEC     X8, X7
-	MOVOU      448(AX), X8
-	AESDEC     X8, X0
-	AESDEC     X8, X1
-	AESDEC     X8, X2
-	AESDEC     X8, X3
-	AESDEC     X8, X4
-	AESDEC     X8, X5
-	AESDEC     X8, X6
-	AESDEC     X8, X7
-	MOVOU      464(AX), X8
-	AESDEC     X8, X0
-	AESDEC     X8, X1
-	AESDEC     X8, X2
-	AESDEC     X8, X3
-	AESDEC     X8, X4
-	AESDEC     X8, X5
-	AESDEC     X8, X6
-	AESDEC     X8, X7
-	MOVOU      480(AX), X8
-	AESDECLAST X8, X0
-	AESDECLAST X8, X1
-	AESDECLAST X8, X2
-	AESDECLAST X8, X3
-	AESDECLAST X8, X4
-	AESDECLAST X8, X5
-	AESDECLAST X8, X6
-	AESDECLAST X8, X7
-	MOVOU      (SP), X9
-	PXOR       X9, X0
-	MOVOU      X0, (CX)
-	MOVO       X9, X0
-	PSLLDQ     $0x01, X9
-	PSRLDQ     $0x0f, X0
-	PCLMULQDQ  $0x00, X11, X0
-	PXOR       X0, X9
-	MOVOU      X9, (SP)
-	MOVOU      16(SP), X9
-	PXOR       X9, X1
-	MOVOU      X1, 16(CX)
-	MOVO       X9, X1
-	PSLLDQ     $0x01, X9
-	PSRLDQ     $0x0f, X1
-	PCLMULQDQ  $0x00, X11, X1
-	PXOR       X1, X9
-	MOVOU      X9, 16(SP)
-	MOVOU      32(SP), X9
-	PXOR       X9, X2
-	MOVOU      X2, 32(CX)
-	MOVO       X9, X2
-	PSLLDQ     $0x01, X9
-	PSRLDQ     $0x0f, X2
-	PCLMULQDQ  $0x00, X11, X2
-	PXOR       X2, X9
-	MOVOU      X9, 32(SP)
-	MOVOU      48(SP), X9
-	PXOR       X9, X3
-	MOVOU      X3, 48(CX)
-	MOVO       X9, X3
-	PSLLDQ     $0x01, X9
-	PSRLDQ     $0x0f, X3
-	PCLMULQDQ  $0x00, X11, X3
-	PXOR       X3, X9
-	MOVOU      X9, 48(SP)
-	MOVOU      64(SP), X9
-	PXOR       X9, X4
-	MOVOU      X4, 64(CX)
-	MOVO       X9, X4
-	PSLLDQ     $0x01, X9
-	PSRLDQ     $0x0f, X4
-	PCLMULQDQ  $0x00, X11, X4
-	PXOR       X4, X9
-	MOVOU      X9, 64(SP)
-	MOVOU      80(SP), X9
-	PXOR       X9, X5
-	MOVOU      X5, 80(CX)
-	MOVO       X9, X5
-	PSLLDQ     $0x01, X9
-	PSRLDQ     $0x0f, X5
-	PCLMULQDQ  $0x00, X11, X5
-	PXOR       X5, X9
-	MOVOU      X9, 80(SP)
-	MOVOU      96(SP), X9
-	PXOR       X9, X6
-	MOVOU      X6, 96(CX)
-	MOVO       X9, X6
-	PSLLDQ     $0x01, X9
-	PSRLDQ     $0x0f, X6
-	PCLMULQDQ  $0x00, X11, X6
-	PXOR       X6, X9
-	MOVOU      X9, 96(SP)
-	MOVOU      112(SP), X9
-	PXOR       X9, X7
-	MOVOU      X7, 112(CX)
-	MOVO       X9, X7
-	PSLLDQ     $0x01, X9
-	PSRLDQ     $0x0f, X7
-	PCLMULQDQ  $0x00, X11, X7
-	PXOR       X7, X9
-	MOVOU      X9, 112(SP)
-	ADDQ       $0x00000080, DX
-	ADDQ       $0x00000080, CX
-	DECQ       R9
-	JNZ        batch
-	TESTQ      BX, BX
-	JNZ        unit
-	PXOR       X0, X0
-	PXOR       X1, X1
-	PXOR       X2, X2
-	PXOR       X3, X3
-	PXOR       X4, X4
-	PXOR       X5, X5
-	PXOR       X6, X6
-	PXOR       X7, X7
-	PXOR       X8, X8
-	PXOR       X9, X9
-	PXOR       X10, X10
-	MOVOU      X0, (SP)
-	MOVOU      X0, 16(SP)
-	MOVOU      X0, 32(SP)
-	MOVOU      X0, 48(SP)
-	MOVOU      X0, 64(SP)
-	MOVOU      X0, 80(SP)
-	MOVOU      X0, 96(SP)
-	MOVOU      X0, 112(SP)
+	VMOVDQU     256(AX), X8
+	VPXOR       (DX), X8, X0
+	VPXOR       X12, X0, X0
+	VPXOR       16(DX), X8, X1
+	VPXOR       X13, X1, X1
+	VPXOR       32(DX), X8, X2
+	VPXOR       X14, X2, X2
+	VPXOR       48(DX), X8, X3
+	VPXOR       X15, X3, X3
+	VPXOR       64(DX), X8, X4
+	VPXOR       (SP), X4, X4
+	VPXOR       80(DX), X8, X5
+	VPXOR       16(SP), X5, X5
+	VPXOR       96(DX), X8, X6
+	VPXOR       32(SP), X6, X6
+	VPXOR       112(DX), X8, X7
+	VPXOR       48(SP), X7, X7
+	VMOVDQU     272(AX), X8
+	VAESDEC     X8, X0, X0
+	VAESDEC     X8, X1, X1
+	VAESDEC     X8, X2, X2
+	VAESDEC     X8, X3, X3
+	VAESDEC     X8, X4, X4
+	VAESDEC     X8, X5, X5
+	VAESDEC     X8, X6, X6
+	VAESDEC     X8, X7, X7
+	VMOVDQU     288(AX), X8
+	VAESDEC     X8, X0, X0
+	VAESDEC     X8, X1, X1
+	VAESDEC     X8, X2, X2
+	VAESDEC     X8, X3, X3
+	VAESDEC     X8, X4, X4
+	VAESDEC     X8, X5, X5
+	VAESDEC     X8, X6, X6
+	VAESDEC     X8, X7, X7
+	VMOVDQU     304(AX), X8
+	VAESDEC     X8, X0, X0
+	VAESDEC     X8, X1, X1
+	VAESDEC     X8, X2, X2
+	VAESDEC     X8, X3, X3
+	VAESDEC     X8, X4, X4
+	VAESDEC     X8, X5, X5
+	VAESDEC     X8, X6, X6
+	VAESDEC     X8, X7, X7
+	VMOVDQU     320(AX), X8
+	VAESDEC     X8, X0, X0
+	VAESDEC     X8, X1, X1
+	VAESDEC     X8, X2, X2
+	VAESDEC     X8, X3, X3
+	VAESDEC     X8, X4, X4
+	VAESDEC     X8, X5, X5
+	VAESDEC     X8, X6, X6
+	VAESDEC     X8, X7, X7
+	VMOVDQU     336(AX), X8
+	VAESDEC     X8, X0, X0
+	VAESDEC     X8, X1, X1
+	VAESDEC     X8, X2, X2
+	VAESDEC     X8, X3, X3
+	VAESDEC     X8, X4, X4
+	VAESDEC     X8, X5, X5
+	VAESDEC     X8, X6, X6
+	VAESDEC     X8, X7, X7
+	VMOVDQU     352(AX), X8
+	VAESDEC     X8, X0, X0
+	VAESDEC     X8, X1, X1
+	VAESDEC     X8, X2, X2
+	VAESDEC     X8, X3, X3
+	VAESDEC     X8, X4, X4
+	VAESDEC     X8, X5, X5
+	VAESDEC     X8, X6, X6
+	VAESDEC     X8, X7, X7
+	VMOVDQU     368(AX), X8
+	VAESDEC     X8, X0, X0
+	VAESDEC     X8, X1, X1
+	VAESDEC     X8, X2, X2
+	VAESDEC     X8, X3, X3
+	VAESDEC     X8, X4, X4
+	VAESDEC     X8, X5, X5
+	VAESDEC     X8, X6, X6
+	VAESDEC     X8, X7, X7
+	VMOVDQU     384(AX), X8
+	VAESDEC     X8, X0, X0
+	VAESDEC     X8, X1, X1
+	VAESDEC     X8, X2, X2
+	VAESDEC     X8, X3, X3
+	VAESDEC     X8, X4, X4
+	VAESDEC     X8, X5, X5
+	VAESDEC     X8, X6, X6
+	VAESDEC     X8, X7, X7
+	VMOVDQU     400(AX), X8
+	VAESDEC     X8, X0, X0
+	VAESDEC     X8, X1, X1
+	VAESDEC     X8, X2, X2
+	VAESDEC     X8, X3, X3
+	VAESDEC     X8, X4, X4
+	VAESDEC     X8, X5, X5
+	VAESDEC     X8, X6, X6
+	VAESDEC     X8, X7, X7
+	VMOVDQU     416(AX), X8
+	VAESDEC     X8, X0, X0
+	VAESDEC     X8, X1, X1
+	VAESDEC     X8, X2, X2
+	VAESDEC     X8, X3, X3
+	VAESDEC     X8, X4, X4
+	VAESDEC     X8, X5, X5
+	VAESDEC     X8, X6, X6
+	VAESDEC     X8, X7, X7
+	VMOVDQU     432(AX), X8
+	VAESDEC     X8, X0, X0
+	VAESDEC     X8, X1, X1
+	VAESDEC     X8, X2, X2
+	VAESDEC     X8, X3, X3
+	VAESDEC     X8, X4, X4
+	VAESDEC     X8, X5, X5
+	VAESDEC     X8, X6, X6
+	VAESDEC     X8, X7, X7
+	VMOVDQU     448(AX), X8
+	VAESDEC     X8, X0, X0
+	VAESDEC     X8, X1, X1
+	VAESDEC     X8, X2, X2
+	VAESDEC     X8, X3, X3
+	VAESDEC     X8, X4, X4
+	VAESDEC     X8, X5, X5
+	VAESDEC     X8, X6, X6
+	VAESDEC     X8, X7, X7
+	VMOVDQU     464(AX), X8
+	VAESDEC     X8, X0, X0
+	VAESDEC     X8, X1, X1
+	VAESDEC     X8, X2, X2
+	VAESDEC     X8, X3, X3
+	VAESDEC     X8, X4, X4
+	VAESDEC     X8, X5, X5
+	VAESDEC     X8, X6, X6
+	VAESDEC     X8, X7, X7
+	VMOVDQU     480(AX), X8
+	VAESDECLAST X8, X0, X0
+	VAESDECLAST X8, X1, X1
+	VAESDECLAST X8, X2, X2
+	VAESDECLAST X8, X3, X3
+	VAESDECLAST X8, X4, X4
+	VAESDECLAST X8, X5, X5
+	VAESDECLAST X8, X6, X6
+	VAESDECLAST X8, X7, X7
+	VPXOR       X12, X0, X0
+	VMOVDQU     X0, (CX)
+	VPSRLDQ     $0x0f, X12, X0
+	VPSLLDQ     $0x01, X12, X12
+	VPCLMULQDQ  $0x00, X11, X0, X0
+	VPXOR       X0, X12, X12
+	VPXOR       X13, X1, X1
+	VMOVDQU     X1, 16(CX)
+	VPSRLDQ     $0x0f, X13, X1
+	VPSLLDQ     $0x01, X13, X13
+	VPCLMULQDQ  $0x00, X11, X1, X1
+	VPXOR       X1, X13, X13
+	VPXOR       X14, X2, X2
+	VMOVDQU     X2, 32(CX)
+	VPSRLDQ     $0x0f, X14, X2
+	VPSLLDQ     $0x01, X14, X14
+	VPCLMULQDQ  $0x00, X11, X2, X2
+	VPXOR       X2, X14, X14
+	VPXOR       X15, X3, X3
+	VMOVDQU     X3, 48(CX)
+	VPSRLDQ     $0x0f, X15, X3
+	VPSLLDQ     $0x01, X15, X15
+	VPCLMULQDQ  $0x00, X11, X3, X3
+	VPXOR       X3, X15, X15
+	VMOVDQU     (SP), X9
+	VPXOR       X9, X4, X4
+	VMOVDQU     X4, 64(CX)
+	VPSRLDQ     $0x0f, X9, X4
+	VPSLLDQ     $0x01, X9, X9
+	VPCLMULQDQ  $0x00, X11, X4, X4
+	VPXOR       X4, X9, X9
+	VMOVDQU     X9, (SP)
+	VMOVDQU     16(SP), X9
+	VPXOR       X9, X5, X5
+	VMOVDQU     X5, 80(CX)
+	VPSRLDQ     $0x0f, X9, X5
+	VPSLLDQ     $0x01, X9, X9
+	VPCLMULQDQ  $0x00, X11, X5, X5
+	VPXOR       X5, X9, X9
+	VMOVDQU     X9, 16(SP)
+	VMOVDQU     32(SP), X9
+	VPXOR       X9, X6, X6
+	VMOVDQU     X6, 96(CX)
+	VPSRLDQ     $0x0f, X9, X6
+	VPSLLDQ     $0x01, X9, X9
+	VPCLMULQDQ  $0x00, X11, X6, X6
+	VPXOR       X6, X9, X9
+	VMOVDQU     X9, 32(SP)
+	VMOVDQU     48(SP), X9
+	VPXOR       X9, X7, X7
+	VMOVDQU     X7, 112(CX)
+	VPSRLDQ     $0x0f, X9, X7
+	VPSLLDQ     $0x01, X9, X9
+	VPCLMULQDQ  $0x00, X11, X7, X7
+	VPXOR       X7, X9, X9
+	VMOVDQU     X9, 48(SP)
+	ADDQ        $0x00000080, DX
+	ADDQ        $0x00000080, CX
+	DECQ        R9
+	JNZ         batch
+	TESTQ       BX, BX
+	JNZ         unit
+	VPXOR       X0, X0, X0
+	VMOVDQU     X0, (SP)
+	VMOVDQU     X0, 16(SP)
+	VMOVDQU     X0, 32(SP)
+	VMOVDQU     X0, 48(SP)
+	VZEROALL
 	RET
 
 // func decryptAVX2(keys *byte, dst *byte, src *byte, sectors uint64, lo uint64, hi uint64, skip uint64)
@@ -2348,33 +2192,33 @@ batch:
 	VPSLLDQ        $0x02, Y15, Y15
 	VPCLMULQDQ     $0x00, Y11, Y3, Y3
 	VPXOR          Y3, Y15, Y15
-	VPXOR          (SP), Y4, Y4
-	VMOVDQU        Y4, 128(CX)
 	VMOVDQU        (SP), Y9
+	VPXOR          Y9, Y4, Y4
+	VMOVDQU        Y4, 128(CX)
 	VPSRLDQ        $0x0e, Y9, Y4
 	VPSLLDQ        $0x02, Y9, Y9
 	VPCLMULQDQ     $0x00, Y11, Y4, Y4
 	VPXOR          Y4, Y9, Y9
 	VMOVDQU        Y9, (SP)
-	VPXOR          32(SP), Y5, Y5
-	VMOVDQU        Y5, 160(CX)
 	VMOVDQU        32(SP), Y9
+	VPXOR          Y9, Y5, Y5
+	VMOVDQU        Y5, 160(CX)
 	VPSRLDQ        $0x0e, Y9, Y5
 	VPSLLDQ        $0x02, Y9, Y9
 	VPCLMULQDQ     $0x00, Y11, Y5, Y5
 	VPXOR          Y5, Y9, Y9
 	VMOVDQU        Y9, 32(SP)
-	VPXOR          64(SP), Y6, Y6
-	VMOVDQU        Y6, 192(CX)
 	VMOVDQU        64(SP), Y9
+	VPXOR          Y9, Y6, Y6
+	VMOVDQU        Y6, 192(CX)
 	VPSRLDQ        $0x0e, Y9, Y6
 	VPSLLDQ        $0x02, Y9, Y9
 	VPCLMULQDQ     $0x00, Y11, Y6, Y6
 	VPXOR          Y6, Y9, Y9
 	VMOVDQU        Y9, 64(SP)
-	VPXOR          96(SP), Y7, Y7
-	VMOVDQU        Y7, 224(CX)
 	VMOVDQU        96(SP), Y9
+	VPXOR          Y9, Y7, Y7
+	VMOVDQU        Y7, 224(CX)
 	VPSRLDQ        $0x0e, Y9, Y7
 	VPSLLDQ        $0x02, Y9, Y9
 	VPCLMULQDQ     $0x00, Y11, Y7, Y7

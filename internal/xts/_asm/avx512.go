@@ -21,7 +21,7 @@ func avx512(decrypt bool) {
 	}
 
 	r.encryptTweak = func() {
-		encryptTweakVEX(r, X0)
+		encryptTweak(r, X0)
 		VMOVDQA64(X0, firstX)
 	}
 	r.skipSector = func() {

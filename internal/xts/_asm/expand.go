@@ -26,7 +26,9 @@ func expandKeys() {
 		MOVOU(X0, at(keys, decryptKeys, i, 16))
 	}
 	expand(key, 32, keys, tweakKeys)
-	clearSSE(4)
+	for _, x := range []Register{X0, X1, X2, X3} {
+		PXOR(x, x)
+	}
 	RET()
 }
 

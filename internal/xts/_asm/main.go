@@ -32,8 +32,8 @@ func main() {
 	cpuid()
 	tables()
 	for _, decrypt := range []bool{false, true} {
-		sse(decrypt)
-		avx2(decrypt)
+		vex("AESNI", decrypt, 16)
+		vex("AVX2", decrypt, 32)
 		avx512(decrypt)
 	}
 	Generate()
