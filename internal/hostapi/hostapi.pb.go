@@ -186,7 +186,7 @@ func (x CryptoChange_Kind) Number() protoreflect.EnumNumber {
 
 // Deprecated: Use CryptoChange_Kind.Descriptor instead.
 func (CryptoChange_Kind) EnumDescriptor() ([]byte, []int) {
-	return file_internal_hostapi_hostapi_proto_rawDescGZIP(), []int{29, 0}
+	return file_internal_hostapi_hostapi_proto_rawDescGZIP(), []int{30, 0}
 }
 
 type Fault_Kind int32
@@ -262,7 +262,7 @@ func (x Fault_Kind) Number() protoreflect.EnumNumber {
 
 // Deprecated: Use Fault_Kind.Descriptor instead.
 func (Fault_Kind) EnumDescriptor() ([]byte, []int) {
-	return file_internal_hostapi_hostapi_proto_rawDescGZIP(), []int{49, 0}
+	return file_internal_hostapi_hostapi_proto_rawDescGZIP(), []int{50, 0}
 }
 
 type JoinRequest struct {
@@ -1236,6 +1236,7 @@ type DiskExpect struct {
 	Encrypted     bool                   `protobuf:"varint,2,opt,name=encrypted,proto3" json:"encrypted,omitempty"`
 	Epoch         uint64                 `protobuf:"varint,3,opt,name=epoch,proto3" json:"epoch,omitempty"`
 	Converting    bool                   `protobuf:"varint,4,opt,name=converting,proto3" json:"converting,omitempty"` // a conversion was begun and its end not yet recorded: either form is right
+	Optional      bool                   `protobuf:"varint,5,opt,name=optional,proto3" json:"optional,omitempty"`     // adding or removing it was begun and its end not yet recorded: it may be missing
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -1294,6 +1295,13 @@ func (x *DiskExpect) GetEpoch() uint64 {
 func (x *DiskExpect) GetConverting() bool {
 	if x != nil {
 		return x.Converting
+	}
+	return false
+}
+
+func (x *DiskExpect) GetOptional() bool {
+	if x != nil {
+		return x.Optional
 	}
 	return false
 }
@@ -2275,6 +2283,58 @@ func (x *InspectVMRequest) GetRef() *VMRef {
 	return nil
 }
 
+type InspectDiskRequest struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Datastore     string                 `protobuf:"bytes,1,opt,name=datastore,proto3" json:"datastore,omitempty"` // name
+	Path          string                 `protobuf:"bytes,2,opt,name=path,proto3" json:"path,omitempty"`           // of the descriptor inside the datastore
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *InspectDiskRequest) Reset() {
+	*x = InspectDiskRequest{}
+	mi := &file_internal_hostapi_hostapi_proto_msgTypes[29]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *InspectDiskRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*InspectDiskRequest) ProtoMessage() {}
+
+func (x *InspectDiskRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_internal_hostapi_hostapi_proto_msgTypes[29]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use InspectDiskRequest.ProtoReflect.Descriptor instead.
+func (*InspectDiskRequest) Descriptor() ([]byte, []int) {
+	return file_internal_hostapi_hostapi_proto_rawDescGZIP(), []int{29}
+}
+
+func (x *InspectDiskRequest) GetDatastore() string {
+	if x != nil {
+		return x.Datastore
+	}
+	return ""
+}
+
+func (x *InspectDiskRequest) GetPath() string {
+	if x != nil {
+		return x.Path
+	}
+	return ""
+}
+
 type CryptoChange struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	Kind          CryptoChange_Kind      `protobuf:"varint,1,opt,name=kind,proto3,enum=mortise.host.v1.CryptoChange_Kind" json:"kind,omitempty"`
@@ -2285,7 +2345,7 @@ type CryptoChange struct {
 
 func (x *CryptoChange) Reset() {
 	*x = CryptoChange{}
-	mi := &file_internal_hostapi_hostapi_proto_msgTypes[29]
+	mi := &file_internal_hostapi_hostapi_proto_msgTypes[30]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2297,7 +2357,7 @@ func (x *CryptoChange) String() string {
 func (*CryptoChange) ProtoMessage() {}
 
 func (x *CryptoChange) ProtoReflect() protoreflect.Message {
-	mi := &file_internal_hostapi_hostapi_proto_msgTypes[29]
+	mi := &file_internal_hostapi_hostapi_proto_msgTypes[30]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2310,7 +2370,7 @@ func (x *CryptoChange) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use CryptoChange.ProtoReflect.Descriptor instead.
 func (*CryptoChange) Descriptor() ([]byte, []int) {
-	return file_internal_hostapi_hostapi_proto_rawDescGZIP(), []int{29}
+	return file_internal_hostapi_hostapi_proto_rawDescGZIP(), []int{30}
 }
 
 func (x *CryptoChange) GetKind() CryptoChange_Kind {
@@ -2345,7 +2405,7 @@ type ReconfigureVMRequest struct {
 
 func (x *ReconfigureVMRequest) Reset() {
 	*x = ReconfigureVMRequest{}
-	mi := &file_internal_hostapi_hostapi_proto_msgTypes[30]
+	mi := &file_internal_hostapi_hostapi_proto_msgTypes[31]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2357,7 +2417,7 @@ func (x *ReconfigureVMRequest) String() string {
 func (*ReconfigureVMRequest) ProtoMessage() {}
 
 func (x *ReconfigureVMRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_internal_hostapi_hostapi_proto_msgTypes[30]
+	mi := &file_internal_hostapi_hostapi_proto_msgTypes[31]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2370,7 +2430,7 @@ func (x *ReconfigureVMRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ReconfigureVMRequest.ProtoReflect.Descriptor instead.
 func (*ReconfigureVMRequest) Descriptor() ([]byte, []int) {
-	return file_internal_hostapi_hostapi_proto_rawDescGZIP(), []int{30}
+	return file_internal_hostapi_hostapi_proto_rawDescGZIP(), []int{31}
 }
 
 func (x *ReconfigureVMRequest) GetHeader() *Header {
@@ -2453,7 +2513,7 @@ type DiskCryptoChange struct {
 
 func (x *DiskCryptoChange) Reset() {
 	*x = DiskCryptoChange{}
-	mi := &file_internal_hostapi_hostapi_proto_msgTypes[31]
+	mi := &file_internal_hostapi_hostapi_proto_msgTypes[32]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2465,7 +2525,7 @@ func (x *DiskCryptoChange) String() string {
 func (*DiskCryptoChange) ProtoMessage() {}
 
 func (x *DiskCryptoChange) ProtoReflect() protoreflect.Message {
-	mi := &file_internal_hostapi_hostapi_proto_msgTypes[31]
+	mi := &file_internal_hostapi_hostapi_proto_msgTypes[32]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2478,7 +2538,7 @@ func (x *DiskCryptoChange) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use DiskCryptoChange.ProtoReflect.Descriptor instead.
 func (*DiskCryptoChange) Descriptor() ([]byte, []int) {
-	return file_internal_hostapi_hostapi_proto_rawDescGZIP(), []int{31}
+	return file_internal_hostapi_hostapi_proto_rawDescGZIP(), []int{32}
 }
 
 func (x *DiskCryptoChange) GetDiskUuid() string {
@@ -2506,7 +2566,7 @@ type AttachDisk struct {
 
 func (x *AttachDisk) Reset() {
 	*x = AttachDisk{}
-	mi := &file_internal_hostapi_hostapi_proto_msgTypes[32]
+	mi := &file_internal_hostapi_hostapi_proto_msgTypes[33]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2518,7 +2578,7 @@ func (x *AttachDisk) String() string {
 func (*AttachDisk) ProtoMessage() {}
 
 func (x *AttachDisk) ProtoReflect() protoreflect.Message {
-	mi := &file_internal_hostapi_hostapi_proto_msgTypes[32]
+	mi := &file_internal_hostapi_hostapi_proto_msgTypes[33]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2531,7 +2591,7 @@ func (x *AttachDisk) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use AttachDisk.ProtoReflect.Descriptor instead.
 func (*AttachDisk) Descriptor() ([]byte, []int) {
-	return file_internal_hostapi_hostapi_proto_rawDescGZIP(), []int{32}
+	return file_internal_hostapi_hostapi_proto_rawDescGZIP(), []int{33}
 }
 
 func (x *AttachDisk) GetDatastore() string {
@@ -2567,7 +2627,7 @@ type Progress struct {
 
 func (x *Progress) Reset() {
 	*x = Progress{}
-	mi := &file_internal_hostapi_hostapi_proto_msgTypes[33]
+	mi := &file_internal_hostapi_hostapi_proto_msgTypes[34]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2579,7 +2639,7 @@ func (x *Progress) String() string {
 func (*Progress) ProtoMessage() {}
 
 func (x *Progress) ProtoReflect() protoreflect.Message {
-	mi := &file_internal_hostapi_hostapi_proto_msgTypes[33]
+	mi := &file_internal_hostapi_hostapi_proto_msgTypes[34]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2592,7 +2652,7 @@ func (x *Progress) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Progress.ProtoReflect.Descriptor instead.
 func (*Progress) Descriptor() ([]byte, []int) {
-	return file_internal_hostapi_hostapi_proto_rawDescGZIP(), []int{33}
+	return file_internal_hostapi_hostapi_proto_rawDescGZIP(), []int{34}
 }
 
 func (x *Progress) GetStage() string {
@@ -2633,7 +2693,7 @@ type PowerRequest struct {
 
 func (x *PowerRequest) Reset() {
 	*x = PowerRequest{}
-	mi := &file_internal_hostapi_hostapi_proto_msgTypes[34]
+	mi := &file_internal_hostapi_hostapi_proto_msgTypes[35]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2645,7 +2705,7 @@ func (x *PowerRequest) String() string {
 func (*PowerRequest) ProtoMessage() {}
 
 func (x *PowerRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_internal_hostapi_hostapi_proto_msgTypes[34]
+	mi := &file_internal_hostapi_hostapi_proto_msgTypes[35]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2658,7 +2718,7 @@ func (x *PowerRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use PowerRequest.ProtoReflect.Descriptor instead.
 func (*PowerRequest) Descriptor() ([]byte, []int) {
-	return file_internal_hostapi_hostapi_proto_rawDescGZIP(), []int{34}
+	return file_internal_hostapi_hostapi_proto_rawDescGZIP(), []int{35}
 }
 
 func (x *PowerRequest) GetHeader() *Header {
@@ -2684,7 +2744,7 @@ type ReleaseReply struct {
 
 func (x *ReleaseReply) Reset() {
 	*x = ReleaseReply{}
-	mi := &file_internal_hostapi_hostapi_proto_msgTypes[35]
+	mi := &file_internal_hostapi_hostapi_proto_msgTypes[36]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2696,7 +2756,7 @@ func (x *ReleaseReply) String() string {
 func (*ReleaseReply) ProtoMessage() {}
 
 func (x *ReleaseReply) ProtoReflect() protoreflect.Message {
-	mi := &file_internal_hostapi_hostapi_proto_msgTypes[35]
+	mi := &file_internal_hostapi_hostapi_proto_msgTypes[36]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2709,7 +2769,7 @@ func (x *ReleaseReply) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ReleaseReply.ProtoReflect.Descriptor instead.
 func (*ReleaseReply) Descriptor() ([]byte, []int) {
-	return file_internal_hostapi_hostapi_proto_rawDescGZIP(), []int{35}
+	return file_internal_hostapi_hostapi_proto_rawDescGZIP(), []int{36}
 }
 
 func (x *ReleaseReply) GetWiped() []*KeyID {
@@ -2729,7 +2789,7 @@ type DeleteVMReply struct {
 
 func (x *DeleteVMReply) Reset() {
 	*x = DeleteVMReply{}
-	mi := &file_internal_hostapi_hostapi_proto_msgTypes[36]
+	mi := &file_internal_hostapi_hostapi_proto_msgTypes[37]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2741,7 +2801,7 @@ func (x *DeleteVMReply) String() string {
 func (*DeleteVMReply) ProtoMessage() {}
 
 func (x *DeleteVMReply) ProtoReflect() protoreflect.Message {
-	mi := &file_internal_hostapi_hostapi_proto_msgTypes[36]
+	mi := &file_internal_hostapi_hostapi_proto_msgTypes[37]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2754,7 +2814,7 @@ func (x *DeleteVMReply) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use DeleteVMReply.ProtoReflect.Descriptor instead.
 func (*DeleteVMReply) Descriptor() ([]byte, []int) {
-	return file_internal_hostapi_hostapi_proto_rawDescGZIP(), []int{36}
+	return file_internal_hostapi_hostapi_proto_rawDescGZIP(), []int{37}
 }
 
 func (x *DeleteVMReply) GetWiped() []*KeyID {
@@ -2784,7 +2844,7 @@ type ImportChunk struct {
 
 func (x *ImportChunk) Reset() {
 	*x = ImportChunk{}
-	mi := &file_internal_hostapi_hostapi_proto_msgTypes[37]
+	mi := &file_internal_hostapi_hostapi_proto_msgTypes[38]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2796,7 +2856,7 @@ func (x *ImportChunk) String() string {
 func (*ImportChunk) ProtoMessage() {}
 
 func (x *ImportChunk) ProtoReflect() protoreflect.Message {
-	mi := &file_internal_hostapi_hostapi_proto_msgTypes[37]
+	mi := &file_internal_hostapi_hostapi_proto_msgTypes[38]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2809,7 +2869,7 @@ func (x *ImportChunk) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ImportChunk.ProtoReflect.Descriptor instead.
 func (*ImportChunk) Descriptor() ([]byte, []int) {
-	return file_internal_hostapi_hostapi_proto_rawDescGZIP(), []int{37}
+	return file_internal_hostapi_hostapi_proto_rawDescGZIP(), []int{38}
 }
 
 func (x *ImportChunk) GetHeader() *Header {
@@ -2856,7 +2916,7 @@ type ImportReply struct {
 
 func (x *ImportReply) Reset() {
 	*x = ImportReply{}
-	mi := &file_internal_hostapi_hostapi_proto_msgTypes[38]
+	mi := &file_internal_hostapi_hostapi_proto_msgTypes[39]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2868,7 +2928,7 @@ func (x *ImportReply) String() string {
 func (*ImportReply) ProtoMessage() {}
 
 func (x *ImportReply) ProtoReflect() protoreflect.Message {
-	mi := &file_internal_hostapi_hostapi_proto_msgTypes[38]
+	mi := &file_internal_hostapi_hostapi_proto_msgTypes[39]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2881,7 +2941,7 @@ func (x *ImportReply) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ImportReply.ProtoReflect.Descriptor instead.
 func (*ImportReply) Descriptor() ([]byte, []int) {
-	return file_internal_hostapi_hostapi_proto_rawDescGZIP(), []int{38}
+	return file_internal_hostapi_hostapi_proto_rawDescGZIP(), []int{39}
 }
 
 func (x *ImportReply) GetWrittenBytes() int64 {
@@ -2901,7 +2961,7 @@ type ConsoleData struct {
 
 func (x *ConsoleData) Reset() {
 	*x = ConsoleData{}
-	mi := &file_internal_hostapi_hostapi_proto_msgTypes[39]
+	mi := &file_internal_hostapi_hostapi_proto_msgTypes[40]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2913,7 +2973,7 @@ func (x *ConsoleData) String() string {
 func (*ConsoleData) ProtoMessage() {}
 
 func (x *ConsoleData) ProtoReflect() protoreflect.Message {
-	mi := &file_internal_hostapi_hostapi_proto_msgTypes[39]
+	mi := &file_internal_hostapi_hostapi_proto_msgTypes[40]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2926,7 +2986,7 @@ func (x *ConsoleData) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ConsoleData.ProtoReflect.Descriptor instead.
 func (*ConsoleData) Descriptor() ([]byte, []int) {
-	return file_internal_hostapi_hostapi_proto_rawDescGZIP(), []int{39}
+	return file_internal_hostapi_hostapi_proto_rawDescGZIP(), []int{40}
 }
 
 func (x *ConsoleData) GetRef() *VMRef {
@@ -2955,7 +3015,7 @@ type OpenRequest struct {
 
 func (x *OpenRequest) Reset() {
 	*x = OpenRequest{}
-	mi := &file_internal_hostapi_hostapi_proto_msgTypes[40]
+	mi := &file_internal_hostapi_hostapi_proto_msgTypes[41]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2967,7 +3027,7 @@ func (x *OpenRequest) String() string {
 func (*OpenRequest) ProtoMessage() {}
 
 func (x *OpenRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_internal_hostapi_hostapi_proto_msgTypes[40]
+	mi := &file_internal_hostapi_hostapi_proto_msgTypes[41]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2980,7 +3040,7 @@ func (x *OpenRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use OpenRequest.ProtoReflect.Descriptor instead.
 func (*OpenRequest) Descriptor() ([]byte, []int) {
-	return file_internal_hostapi_hostapi_proto_rawDescGZIP(), []int{40}
+	return file_internal_hostapi_hostapi_proto_rawDescGZIP(), []int{41}
 }
 
 func (x *OpenRequest) GetRef() *VMRef {
@@ -3021,7 +3081,7 @@ type VMXCreateRequest struct {
 
 func (x *VMXCreateRequest) Reset() {
 	*x = VMXCreateRequest{}
-	mi := &file_internal_hostapi_hostapi_proto_msgTypes[41]
+	mi := &file_internal_hostapi_hostapi_proto_msgTypes[42]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3033,7 +3093,7 @@ func (x *VMXCreateRequest) String() string {
 func (*VMXCreateRequest) ProtoMessage() {}
 
 func (x *VMXCreateRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_internal_hostapi_hostapi_proto_msgTypes[41]
+	mi := &file_internal_hostapi_hostapi_proto_msgTypes[42]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3046,7 +3106,7 @@ func (x *VMXCreateRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use VMXCreateRequest.ProtoReflect.Descriptor instead.
 func (*VMXCreateRequest) Descriptor() ([]byte, []int) {
-	return file_internal_hostapi_hostapi_proto_rawDescGZIP(), []int{41}
+	return file_internal_hostapi_hostapi_proto_rawDescGZIP(), []int{42}
 }
 
 func (x *VMXCreateRequest) GetVm() *CreateVMRequest {
@@ -3075,7 +3135,7 @@ type VMXReconfigureRequest struct {
 
 func (x *VMXReconfigureRequest) Reset() {
 	*x = VMXReconfigureRequest{}
-	mi := &file_internal_hostapi_hostapi_proto_msgTypes[42]
+	mi := &file_internal_hostapi_hostapi_proto_msgTypes[43]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3087,7 +3147,7 @@ func (x *VMXReconfigureRequest) String() string {
 func (*VMXReconfigureRequest) ProtoMessage() {}
 
 func (x *VMXReconfigureRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_internal_hostapi_hostapi_proto_msgTypes[42]
+	mi := &file_internal_hostapi_hostapi_proto_msgTypes[43]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3100,7 +3160,7 @@ func (x *VMXReconfigureRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use VMXReconfigureRequest.ProtoReflect.Descriptor instead.
 func (*VMXReconfigureRequest) Descriptor() ([]byte, []int) {
-	return file_internal_hostapi_hostapi_proto_rawDescGZIP(), []int{42}
+	return file_internal_hostapi_hostapi_proto_rawDescGZIP(), []int{43}
 }
 
 func (x *VMXReconfigureRequest) GetChange() *ReconfigureVMRequest {
@@ -3125,7 +3185,7 @@ type StatusRequest struct {
 
 func (x *StatusRequest) Reset() {
 	*x = StatusRequest{}
-	mi := &file_internal_hostapi_hostapi_proto_msgTypes[43]
+	mi := &file_internal_hostapi_hostapi_proto_msgTypes[44]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3137,7 +3197,7 @@ func (x *StatusRequest) String() string {
 func (*StatusRequest) ProtoMessage() {}
 
 func (x *StatusRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_internal_hostapi_hostapi_proto_msgTypes[43]
+	mi := &file_internal_hostapi_hostapi_proto_msgTypes[44]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3150,7 +3210,7 @@ func (x *StatusRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use StatusRequest.ProtoReflect.Descriptor instead.
 func (*StatusRequest) Descriptor() ([]byte, []int) {
-	return file_internal_hostapi_hostapi_proto_rawDescGZIP(), []int{43}
+	return file_internal_hostapi_hostapi_proto_rawDescGZIP(), []int{44}
 }
 
 type VMXStatus struct {
@@ -3169,7 +3229,7 @@ type VMXStatus struct {
 
 func (x *VMXStatus) Reset() {
 	*x = VMXStatus{}
-	mi := &file_internal_hostapi_hostapi_proto_msgTypes[44]
+	mi := &file_internal_hostapi_hostapi_proto_msgTypes[45]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3181,7 +3241,7 @@ func (x *VMXStatus) String() string {
 func (*VMXStatus) ProtoMessage() {}
 
 func (x *VMXStatus) ProtoReflect() protoreflect.Message {
-	mi := &file_internal_hostapi_hostapi_proto_msgTypes[44]
+	mi := &file_internal_hostapi_hostapi_proto_msgTypes[45]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3194,7 +3254,7 @@ func (x *VMXStatus) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use VMXStatus.ProtoReflect.Descriptor instead.
 func (*VMXStatus) Descriptor() ([]byte, []int) {
-	return file_internal_hostapi_hostapi_proto_rawDescGZIP(), []int{44}
+	return file_internal_hostapi_hostapi_proto_rawDescGZIP(), []int{45}
 }
 
 func (x *VMXStatus) GetUuid() string {
@@ -3264,7 +3324,7 @@ type ServedDisk struct {
 
 func (x *ServedDisk) Reset() {
 	*x = ServedDisk{}
-	mi := &file_internal_hostapi_hostapi_proto_msgTypes[45]
+	mi := &file_internal_hostapi_hostapi_proto_msgTypes[46]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3276,7 +3336,7 @@ func (x *ServedDisk) String() string {
 func (*ServedDisk) ProtoMessage() {}
 
 func (x *ServedDisk) ProtoReflect() protoreflect.Message {
-	mi := &file_internal_hostapi_hostapi_proto_msgTypes[45]
+	mi := &file_internal_hostapi_hostapi_proto_msgTypes[46]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3289,7 +3349,7 @@ func (x *ServedDisk) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ServedDisk.ProtoReflect.Descriptor instead.
 func (*ServedDisk) Descriptor() ([]byte, []int) {
-	return file_internal_hostapi_hostapi_proto_rawDescGZIP(), []int{45}
+	return file_internal_hostapi_hostapi_proto_rawDescGZIP(), []int{46}
 }
 
 func (x *ServedDisk) GetUuid() string {
@@ -3321,7 +3381,7 @@ type KeysRequest struct {
 
 func (x *KeysRequest) Reset() {
 	*x = KeysRequest{}
-	mi := &file_internal_hostapi_hostapi_proto_msgTypes[46]
+	mi := &file_internal_hostapi_hostapi_proto_msgTypes[47]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3333,7 +3393,7 @@ func (x *KeysRequest) String() string {
 func (*KeysRequest) ProtoMessage() {}
 
 func (x *KeysRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_internal_hostapi_hostapi_proto_msgTypes[46]
+	mi := &file_internal_hostapi_hostapi_proto_msgTypes[47]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3346,7 +3406,7 @@ func (x *KeysRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use KeysRequest.ProtoReflect.Descriptor instead.
 func (*KeysRequest) Descriptor() ([]byte, []int) {
-	return file_internal_hostapi_hostapi_proto_rawDescGZIP(), []int{46}
+	return file_internal_hostapi_hostapi_proto_rawDescGZIP(), []int{47}
 }
 
 type CloseRequest struct {
@@ -3357,7 +3417,7 @@ type CloseRequest struct {
 
 func (x *CloseRequest) Reset() {
 	*x = CloseRequest{}
-	mi := &file_internal_hostapi_hostapi_proto_msgTypes[47]
+	mi := &file_internal_hostapi_hostapi_proto_msgTypes[48]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3369,7 +3429,7 @@ func (x *CloseRequest) String() string {
 func (*CloseRequest) ProtoMessage() {}
 
 func (x *CloseRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_internal_hostapi_hostapi_proto_msgTypes[47]
+	mi := &file_internal_hostapi_hostapi_proto_msgTypes[48]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3382,7 +3442,7 @@ func (x *CloseRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use CloseRequest.ProtoReflect.Descriptor instead.
 func (*CloseRequest) Descriptor() ([]byte, []int) {
-	return file_internal_hostapi_hostapi_proto_rawDescGZIP(), []int{47}
+	return file_internal_hostapi_hostapi_proto_rawDescGZIP(), []int{48}
 }
 
 type CloseReply struct {
@@ -3393,7 +3453,7 @@ type CloseReply struct {
 
 func (x *CloseReply) Reset() {
 	*x = CloseReply{}
-	mi := &file_internal_hostapi_hostapi_proto_msgTypes[48]
+	mi := &file_internal_hostapi_hostapi_proto_msgTypes[49]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3405,7 +3465,7 @@ func (x *CloseReply) String() string {
 func (*CloseReply) ProtoMessage() {}
 
 func (x *CloseReply) ProtoReflect() protoreflect.Message {
-	mi := &file_internal_hostapi_hostapi_proto_msgTypes[48]
+	mi := &file_internal_hostapi_hostapi_proto_msgTypes[49]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3418,7 +3478,7 @@ func (x *CloseReply) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use CloseReply.ProtoReflect.Descriptor instead.
 func (*CloseReply) Descriptor() ([]byte, []int) {
-	return file_internal_hostapi_hostapi_proto_rawDescGZIP(), []int{48}
+	return file_internal_hostapi_hostapi_proto_rawDescGZIP(), []int{49}
 }
 
 // Fault is the detail of a gRPC status, for callers that decide on the kind of an
@@ -3434,7 +3494,7 @@ type Fault struct {
 
 func (x *Fault) Reset() {
 	*x = Fault{}
-	mi := &file_internal_hostapi_hostapi_proto_msgTypes[49]
+	mi := &file_internal_hostapi_hostapi_proto_msgTypes[50]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3446,7 +3506,7 @@ func (x *Fault) String() string {
 func (*Fault) ProtoMessage() {}
 
 func (x *Fault) ProtoReflect() protoreflect.Message {
-	mi := &file_internal_hostapi_hostapi_proto_msgTypes[49]
+	mi := &file_internal_hostapi_hostapi_proto_msgTypes[50]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3459,7 +3519,7 @@ func (x *Fault) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Fault.ProtoReflect.Descriptor instead.
 func (*Fault) Descriptor() ([]byte, []int) {
-	return file_internal_hostapi_hostapi_proto_rawDescGZIP(), []int{49}
+	return file_internal_hostapi_hostapi_proto_rawDescGZIP(), []int{50}
 }
 
 func (x *Fault) GetKind() Fault_Kind {
@@ -3572,7 +3632,7 @@ const file_internal_hostapi_hostapi_proto_rawDesc = "" +
 	"\x06Expect\x12\x1c\n" +
 	"\tencrypted\x18\x01 \x01(\bR\tencrypted\x12\x14\n" +
 	"\x05epoch\x18\x02 \x01(\x04R\x05epoch\x121\n" +
-	"\x05disks\x18\x03 \x03(\v2\x1b.mortise.host.v1.DiskExpectR\x05disks\"t\n" +
+	"\x05disks\x18\x03 \x03(\v2\x1b.mortise.host.v1.DiskExpectR\x05disks\"\x90\x01\n" +
 	"\n" +
 	"DiskExpect\x12\x12\n" +
 	"\x04uuid\x18\x01 \x01(\tR\x04uuid\x12\x1c\n" +
@@ -3580,7 +3640,8 @@ const file_internal_hostapi_hostapi_proto_rawDesc = "" +
 	"\x05epoch\x18\x03 \x01(\x04R\x05epoch\x12\x1e\n" +
 	"\n" +
 	"converting\x18\x04 \x01(\bR\n" +
-	"converting\"\xba\x03\n" +
+	"converting\x12\x1a\n" +
+	"\boptional\x18\x05 \x01(\bR\boptional\"\xba\x03\n" +
 	"\x06VMInfo\x12(\n" +
 	"\x03ref\x18\x01 \x01(\v2\x16.mortise.host.v1.VMRefR\x03ref\x12\x12\n" +
 	"\x04name\x18\x02 \x01(\tR\x04name\x124\n" +
@@ -3667,7 +3728,10 @@ const file_internal_hostapi_hostapi_proto_rawDesc = "" +
 	"controller\x12-\n" +
 	"\x06key_id\x18\x04 \x01(\v2\x16.mortise.host.v1.KeyIDR\x05keyId\"<\n" +
 	"\x10InspectVMRequest\x12(\n" +
-	"\x03ref\x18\x01 \x01(\v2\x16.mortise.host.v1.VMRefR\x03ref\"\xc3\x01\n" +
+	"\x03ref\x18\x01 \x01(\v2\x16.mortise.host.v1.VMRefR\x03ref\"F\n" +
+	"\x12InspectDiskRequest\x12\x1c\n" +
+	"\tdatastore\x18\x01 \x01(\tR\tdatastore\x12\x12\n" +
+	"\x04path\x18\x02 \x01(\tR\x04path\"\xc3\x01\n" +
 	"\fCryptoChange\x126\n" +
 	"\x04kind\x18\x01 \x01(\x0e2\".mortise.host.v1.CryptoChange.KindR\x04kind\x12(\n" +
 	"\x03key\x18\x02 \x01(\v2\x16.mortise.host.v1.KeyIDR\x03key\"Q\n" +
@@ -3790,7 +3854,7 @@ const file_internal_hostapi_hostapi_proto_rawDesc = "" +
 	"POWERED_ON\x10\x02\x12\r\n" +
 	"\tSUSPENDED\x10\x032H\n" +
 	"\x04Join\x12@\n" +
-	"\x04Join\x12\x1c.mortise.host.v1.JoinRequest\x1a\x1a.mortise.host.v1.JoinReply2\xa1\t\n" +
+	"\x04Join\x12\x1c.mortise.host.v1.JoinRequest\x1a\x1a.mortise.host.v1.JoinReply2\xf0\t\n" +
 	"\x04Host\x12G\n" +
 	"\bDescribe\x12 .mortise.host.v1.DescribeRequest\x1a\x19.mortise.host.v1.HostInfo\x12D\n" +
 	"\x05Watch\x12\x1d.mortise.host.v1.WatchRequest\x1a\x1a.mortise.host.v1.HostEvent0\x01\x12L\n" +
@@ -3799,7 +3863,8 @@ const file_internal_hostapi_hostapi_proto_rawDesc = "" +
 	"RemoveKeys\x12\".mortise.host.v1.RemoveKeysRequest\x1a .mortise.host.v1.RemoveKeysReply\x12L\n" +
 	"\bListKeys\x12 .mortise.host.v1.ListKeysRequest\x1a\x1e.mortise.host.v1.ListKeysReply\x12E\n" +
 	"\bCreateVM\x12 .mortise.host.v1.CreateVMRequest\x1a\x17.mortise.host.v1.VMInfo\x12G\n" +
-	"\tInspectVM\x12!.mortise.host.v1.InspectVMRequest\x1a\x17.mortise.host.v1.VMInfo\x12S\n" +
+	"\tInspectVM\x12!.mortise.host.v1.InspectVMRequest\x1a\x17.mortise.host.v1.VMInfo\x12M\n" +
+	"\vInspectDisk\x12#.mortise.host.v1.InspectDiskRequest\x1a\x19.mortise.host.v1.DiskInfo\x12S\n" +
 	"\rReconfigureVM\x12%.mortise.host.v1.ReconfigureVMRequest\x1a\x19.mortise.host.v1.Progress0\x01\x12A\n" +
 	"\aPowerOn\x12\x1d.mortise.host.v1.PowerRequest\x1a\x17.mortise.host.v1.VMInfo\x12B\n" +
 	"\bPowerOff\x12\x1d.mortise.host.v1.PowerRequest\x1a\x17.mortise.host.v1.VMInfo\x12B\n" +
@@ -3833,7 +3898,7 @@ func file_internal_hostapi_hostapi_proto_rawDescGZIP() []byte {
 }
 
 var file_internal_hostapi_hostapi_proto_enumTypes = make([]protoimpl.EnumInfo, 4)
-var file_internal_hostapi_hostapi_proto_msgTypes = make([]protoimpl.MessageInfo, 50)
+var file_internal_hostapi_hostapi_proto_msgTypes = make([]protoimpl.MessageInfo, 51)
 var file_internal_hostapi_hostapi_proto_goTypes = []any{
 	(PowerState)(0),               // 0: mortise.host.v1.PowerState
 	(HostEvent_Kind)(0),           // 1: mortise.host.v1.HostEvent.Kind
@@ -3868,27 +3933,28 @@ var file_internal_hostapi_hostapi_proto_goTypes = []any{
 	(*CreateVMRequest)(nil),       // 30: mortise.host.v1.CreateVMRequest
 	(*NewDisk)(nil),               // 31: mortise.host.v1.NewDisk
 	(*InspectVMRequest)(nil),      // 32: mortise.host.v1.InspectVMRequest
-	(*CryptoChange)(nil),          // 33: mortise.host.v1.CryptoChange
-	(*ReconfigureVMRequest)(nil),  // 34: mortise.host.v1.ReconfigureVMRequest
-	(*DiskCryptoChange)(nil),      // 35: mortise.host.v1.DiskCryptoChange
-	(*AttachDisk)(nil),            // 36: mortise.host.v1.AttachDisk
-	(*Progress)(nil),              // 37: mortise.host.v1.Progress
-	(*PowerRequest)(nil),          // 38: mortise.host.v1.PowerRequest
-	(*ReleaseReply)(nil),          // 39: mortise.host.v1.ReleaseReply
-	(*DeleteVMReply)(nil),         // 40: mortise.host.v1.DeleteVMReply
-	(*ImportChunk)(nil),           // 41: mortise.host.v1.ImportChunk
-	(*ImportReply)(nil),           // 42: mortise.host.v1.ImportReply
-	(*ConsoleData)(nil),           // 43: mortise.host.v1.ConsoleData
-	(*OpenRequest)(nil),           // 44: mortise.host.v1.OpenRequest
-	(*VMXCreateRequest)(nil),      // 45: mortise.host.v1.VMXCreateRequest
-	(*VMXReconfigureRequest)(nil), // 46: mortise.host.v1.VMXReconfigureRequest
-	(*StatusRequest)(nil),         // 47: mortise.host.v1.StatusRequest
-	(*VMXStatus)(nil),             // 48: mortise.host.v1.VMXStatus
-	(*ServedDisk)(nil),            // 49: mortise.host.v1.ServedDisk
-	(*KeysRequest)(nil),           // 50: mortise.host.v1.KeysRequest
-	(*CloseRequest)(nil),          // 51: mortise.host.v1.CloseRequest
-	(*CloseReply)(nil),            // 52: mortise.host.v1.CloseReply
-	(*Fault)(nil),                 // 53: mortise.host.v1.Fault
+	(*InspectDiskRequest)(nil),    // 33: mortise.host.v1.InspectDiskRequest
+	(*CryptoChange)(nil),          // 34: mortise.host.v1.CryptoChange
+	(*ReconfigureVMRequest)(nil),  // 35: mortise.host.v1.ReconfigureVMRequest
+	(*DiskCryptoChange)(nil),      // 36: mortise.host.v1.DiskCryptoChange
+	(*AttachDisk)(nil),            // 37: mortise.host.v1.AttachDisk
+	(*Progress)(nil),              // 38: mortise.host.v1.Progress
+	(*PowerRequest)(nil),          // 39: mortise.host.v1.PowerRequest
+	(*ReleaseReply)(nil),          // 40: mortise.host.v1.ReleaseReply
+	(*DeleteVMReply)(nil),         // 41: mortise.host.v1.DeleteVMReply
+	(*ImportChunk)(nil),           // 42: mortise.host.v1.ImportChunk
+	(*ImportReply)(nil),           // 43: mortise.host.v1.ImportReply
+	(*ConsoleData)(nil),           // 44: mortise.host.v1.ConsoleData
+	(*OpenRequest)(nil),           // 45: mortise.host.v1.OpenRequest
+	(*VMXCreateRequest)(nil),      // 46: mortise.host.v1.VMXCreateRequest
+	(*VMXReconfigureRequest)(nil), // 47: mortise.host.v1.VMXReconfigureRequest
+	(*StatusRequest)(nil),         // 48: mortise.host.v1.StatusRequest
+	(*VMXStatus)(nil),             // 49: mortise.host.v1.VMXStatus
+	(*ServedDisk)(nil),            // 50: mortise.host.v1.ServedDisk
+	(*KeysRequest)(nil),           // 51: mortise.host.v1.KeysRequest
+	(*CloseRequest)(nil),          // 52: mortise.host.v1.CloseRequest
+	(*CloseReply)(nil),            // 53: mortise.host.v1.CloseReply
+	(*Fault)(nil),                 // 54: mortise.host.v1.Fault
 }
 var file_internal_hostapi_hostapi_proto_depIdxs = []int32{
 	7,  // 0: mortise.host.v1.KEK.id:type_name -> mortise.host.v1.KeyID
@@ -3926,12 +3992,12 @@ var file_internal_hostapi_hostapi_proto_depIdxs = []int32{
 	7,  // 32: mortise.host.v1.CryptoChange.key:type_name -> mortise.host.v1.KeyID
 	6,  // 33: mortise.host.v1.ReconfigureVMRequest.header:type_name -> mortise.host.v1.Header
 	16, // 34: mortise.host.v1.ReconfigureVMRequest.ref:type_name -> mortise.host.v1.VMRef
-	33, // 35: mortise.host.v1.ReconfigureVMRequest.home:type_name -> mortise.host.v1.CryptoChange
-	35, // 36: mortise.host.v1.ReconfigureVMRequest.disks:type_name -> mortise.host.v1.DiskCryptoChange
+	34, // 35: mortise.host.v1.ReconfigureVMRequest.home:type_name -> mortise.host.v1.CryptoChange
+	36, // 36: mortise.host.v1.ReconfigureVMRequest.disks:type_name -> mortise.host.v1.DiskCryptoChange
 	20, // 37: mortise.host.v1.ReconfigureVMRequest.hardware:type_name -> mortise.host.v1.Hardware
 	31, // 38: mortise.host.v1.ReconfigureVMRequest.add_disks:type_name -> mortise.host.v1.NewDisk
-	36, // 39: mortise.host.v1.ReconfigureVMRequest.attach_disks:type_name -> mortise.host.v1.AttachDisk
-	33, // 40: mortise.host.v1.DiskCryptoChange.change:type_name -> mortise.host.v1.CryptoChange
+	37, // 39: mortise.host.v1.ReconfigureVMRequest.attach_disks:type_name -> mortise.host.v1.AttachDisk
+	34, // 40: mortise.host.v1.DiskCryptoChange.change:type_name -> mortise.host.v1.CryptoChange
 	19, // 41: mortise.host.v1.Progress.result:type_name -> mortise.host.v1.VMInfo
 	6,  // 42: mortise.host.v1.PowerRequest.header:type_name -> mortise.host.v1.Header
 	16, // 43: mortise.host.v1.PowerRequest.ref:type_name -> mortise.host.v1.VMRef
@@ -3944,9 +4010,9 @@ var file_internal_hostapi_hostapi_proto_depIdxs = []int32{
 	8,  // 50: mortise.host.v1.OpenRequest.keys:type_name -> mortise.host.v1.KEK
 	30, // 51: mortise.host.v1.VMXCreateRequest.vm:type_name -> mortise.host.v1.CreateVMRequest
 	8,  // 52: mortise.host.v1.VMXCreateRequest.keys:type_name -> mortise.host.v1.KEK
-	34, // 53: mortise.host.v1.VMXReconfigureRequest.change:type_name -> mortise.host.v1.ReconfigureVMRequest
+	35, // 53: mortise.host.v1.VMXReconfigureRequest.change:type_name -> mortise.host.v1.ReconfigureVMRequest
 	8,  // 54: mortise.host.v1.VMXReconfigureRequest.keys:type_name -> mortise.host.v1.KEK
-	49, // 55: mortise.host.v1.VMXStatus.disks:type_name -> mortise.host.v1.ServedDisk
+	50, // 55: mortise.host.v1.VMXStatus.disks:type_name -> mortise.host.v1.ServedDisk
 	19, // 56: mortise.host.v1.VMXStatus.info:type_name -> mortise.host.v1.VMInfo
 	3,  // 57: mortise.host.v1.Fault.kind:type_name -> mortise.host.v1.Fault.Kind
 	7,  // 58: mortise.host.v1.Fault.missing:type_name -> mortise.host.v1.KeyID
@@ -3958,48 +4024,50 @@ var file_internal_hostapi_hostapi_proto_depIdxs = []int32{
 	27, // 64: mortise.host.v1.Host.ListKeys:input_type -> mortise.host.v1.ListKeysRequest
 	30, // 65: mortise.host.v1.Host.CreateVM:input_type -> mortise.host.v1.CreateVMRequest
 	32, // 66: mortise.host.v1.Host.InspectVM:input_type -> mortise.host.v1.InspectVMRequest
-	34, // 67: mortise.host.v1.Host.ReconfigureVM:input_type -> mortise.host.v1.ReconfigureVMRequest
-	38, // 68: mortise.host.v1.Host.PowerOn:input_type -> mortise.host.v1.PowerRequest
-	38, // 69: mortise.host.v1.Host.PowerOff:input_type -> mortise.host.v1.PowerRequest
-	38, // 70: mortise.host.v1.Host.Shutdown:input_type -> mortise.host.v1.PowerRequest
-	38, // 71: mortise.host.v1.Host.Reset:input_type -> mortise.host.v1.PowerRequest
-	38, // 72: mortise.host.v1.Host.Release:input_type -> mortise.host.v1.PowerRequest
-	38, // 73: mortise.host.v1.Host.DeleteVM:input_type -> mortise.host.v1.PowerRequest
-	41, // 74: mortise.host.v1.Host.ImportDisk:input_type -> mortise.host.v1.ImportChunk
-	43, // 75: mortise.host.v1.Host.Console:input_type -> mortise.host.v1.ConsoleData
-	45, // 76: mortise.host.v1.VMX.Create:input_type -> mortise.host.v1.VMXCreateRequest
-	44, // 77: mortise.host.v1.VMX.Open:input_type -> mortise.host.v1.OpenRequest
-	47, // 78: mortise.host.v1.VMX.Status:input_type -> mortise.host.v1.StatusRequest
-	46, // 79: mortise.host.v1.VMX.Reconfigure:input_type -> mortise.host.v1.VMXReconfigureRequest
-	41, // 80: mortise.host.v1.VMX.ImportDisk:input_type -> mortise.host.v1.ImportChunk
-	50, // 81: mortise.host.v1.VMX.Keys:input_type -> mortise.host.v1.KeysRequest
-	51, // 82: mortise.host.v1.VMX.Close:input_type -> mortise.host.v1.CloseRequest
-	5,  // 83: mortise.host.v1.Join.Join:output_type -> mortise.host.v1.JoinReply
-	10, // 84: mortise.host.v1.Host.Describe:output_type -> mortise.host.v1.HostInfo
-	14, // 85: mortise.host.v1.Host.Watch:output_type -> mortise.host.v1.HostEvent
-	24, // 86: mortise.host.v1.Host.PushKeys:output_type -> mortise.host.v1.PushKeysReply
-	26, // 87: mortise.host.v1.Host.RemoveKeys:output_type -> mortise.host.v1.RemoveKeysReply
-	28, // 88: mortise.host.v1.Host.ListKeys:output_type -> mortise.host.v1.ListKeysReply
-	19, // 89: mortise.host.v1.Host.CreateVM:output_type -> mortise.host.v1.VMInfo
-	19, // 90: mortise.host.v1.Host.InspectVM:output_type -> mortise.host.v1.VMInfo
-	37, // 91: mortise.host.v1.Host.ReconfigureVM:output_type -> mortise.host.v1.Progress
-	19, // 92: mortise.host.v1.Host.PowerOn:output_type -> mortise.host.v1.VMInfo
-	19, // 93: mortise.host.v1.Host.PowerOff:output_type -> mortise.host.v1.VMInfo
-	19, // 94: mortise.host.v1.Host.Shutdown:output_type -> mortise.host.v1.VMInfo
-	19, // 95: mortise.host.v1.Host.Reset:output_type -> mortise.host.v1.VMInfo
-	39, // 96: mortise.host.v1.Host.Release:output_type -> mortise.host.v1.ReleaseReply
-	40, // 97: mortise.host.v1.Host.DeleteVM:output_type -> mortise.host.v1.DeleteVMReply
-	42, // 98: mortise.host.v1.Host.ImportDisk:output_type -> mortise.host.v1.ImportReply
-	43, // 99: mortise.host.v1.Host.Console:output_type -> mortise.host.v1.ConsoleData
-	19, // 100: mortise.host.v1.VMX.Create:output_type -> mortise.host.v1.VMInfo
-	48, // 101: mortise.host.v1.VMX.Open:output_type -> mortise.host.v1.VMXStatus
-	48, // 102: mortise.host.v1.VMX.Status:output_type -> mortise.host.v1.VMXStatus
-	37, // 103: mortise.host.v1.VMX.Reconfigure:output_type -> mortise.host.v1.Progress
-	42, // 104: mortise.host.v1.VMX.ImportDisk:output_type -> mortise.host.v1.ImportReply
-	44, // 105: mortise.host.v1.VMX.Keys:output_type -> mortise.host.v1.OpenRequest
-	52, // 106: mortise.host.v1.VMX.Close:output_type -> mortise.host.v1.CloseReply
-	83, // [83:107] is the sub-list for method output_type
-	59, // [59:83] is the sub-list for method input_type
+	33, // 67: mortise.host.v1.Host.InspectDisk:input_type -> mortise.host.v1.InspectDiskRequest
+	35, // 68: mortise.host.v1.Host.ReconfigureVM:input_type -> mortise.host.v1.ReconfigureVMRequest
+	39, // 69: mortise.host.v1.Host.PowerOn:input_type -> mortise.host.v1.PowerRequest
+	39, // 70: mortise.host.v1.Host.PowerOff:input_type -> mortise.host.v1.PowerRequest
+	39, // 71: mortise.host.v1.Host.Shutdown:input_type -> mortise.host.v1.PowerRequest
+	39, // 72: mortise.host.v1.Host.Reset:input_type -> mortise.host.v1.PowerRequest
+	39, // 73: mortise.host.v1.Host.Release:input_type -> mortise.host.v1.PowerRequest
+	39, // 74: mortise.host.v1.Host.DeleteVM:input_type -> mortise.host.v1.PowerRequest
+	42, // 75: mortise.host.v1.Host.ImportDisk:input_type -> mortise.host.v1.ImportChunk
+	44, // 76: mortise.host.v1.Host.Console:input_type -> mortise.host.v1.ConsoleData
+	46, // 77: mortise.host.v1.VMX.Create:input_type -> mortise.host.v1.VMXCreateRequest
+	45, // 78: mortise.host.v1.VMX.Open:input_type -> mortise.host.v1.OpenRequest
+	48, // 79: mortise.host.v1.VMX.Status:input_type -> mortise.host.v1.StatusRequest
+	47, // 80: mortise.host.v1.VMX.Reconfigure:input_type -> mortise.host.v1.VMXReconfigureRequest
+	42, // 81: mortise.host.v1.VMX.ImportDisk:input_type -> mortise.host.v1.ImportChunk
+	51, // 82: mortise.host.v1.VMX.Keys:input_type -> mortise.host.v1.KeysRequest
+	52, // 83: mortise.host.v1.VMX.Close:input_type -> mortise.host.v1.CloseRequest
+	5,  // 84: mortise.host.v1.Join.Join:output_type -> mortise.host.v1.JoinReply
+	10, // 85: mortise.host.v1.Host.Describe:output_type -> mortise.host.v1.HostInfo
+	14, // 86: mortise.host.v1.Host.Watch:output_type -> mortise.host.v1.HostEvent
+	24, // 87: mortise.host.v1.Host.PushKeys:output_type -> mortise.host.v1.PushKeysReply
+	26, // 88: mortise.host.v1.Host.RemoveKeys:output_type -> mortise.host.v1.RemoveKeysReply
+	28, // 89: mortise.host.v1.Host.ListKeys:output_type -> mortise.host.v1.ListKeysReply
+	19, // 90: mortise.host.v1.Host.CreateVM:output_type -> mortise.host.v1.VMInfo
+	19, // 91: mortise.host.v1.Host.InspectVM:output_type -> mortise.host.v1.VMInfo
+	22, // 92: mortise.host.v1.Host.InspectDisk:output_type -> mortise.host.v1.DiskInfo
+	38, // 93: mortise.host.v1.Host.ReconfigureVM:output_type -> mortise.host.v1.Progress
+	19, // 94: mortise.host.v1.Host.PowerOn:output_type -> mortise.host.v1.VMInfo
+	19, // 95: mortise.host.v1.Host.PowerOff:output_type -> mortise.host.v1.VMInfo
+	19, // 96: mortise.host.v1.Host.Shutdown:output_type -> mortise.host.v1.VMInfo
+	19, // 97: mortise.host.v1.Host.Reset:output_type -> mortise.host.v1.VMInfo
+	40, // 98: mortise.host.v1.Host.Release:output_type -> mortise.host.v1.ReleaseReply
+	41, // 99: mortise.host.v1.Host.DeleteVM:output_type -> mortise.host.v1.DeleteVMReply
+	43, // 100: mortise.host.v1.Host.ImportDisk:output_type -> mortise.host.v1.ImportReply
+	44, // 101: mortise.host.v1.Host.Console:output_type -> mortise.host.v1.ConsoleData
+	19, // 102: mortise.host.v1.VMX.Create:output_type -> mortise.host.v1.VMInfo
+	49, // 103: mortise.host.v1.VMX.Open:output_type -> mortise.host.v1.VMXStatus
+	49, // 104: mortise.host.v1.VMX.Status:output_type -> mortise.host.v1.VMXStatus
+	38, // 105: mortise.host.v1.VMX.Reconfigure:output_type -> mortise.host.v1.Progress
+	43, // 106: mortise.host.v1.VMX.ImportDisk:output_type -> mortise.host.v1.ImportReply
+	45, // 107: mortise.host.v1.VMX.Keys:output_type -> mortise.host.v1.OpenRequest
+	53, // 108: mortise.host.v1.VMX.Close:output_type -> mortise.host.v1.CloseReply
+	84, // [84:109] is the sub-list for method output_type
+	59, // [59:84] is the sub-list for method input_type
 	59, // [59:59] is the sub-list for extension type_name
 	59, // [59:59] is the sub-list for extension extendee
 	0,  // [0:59] is the sub-list for field type_name
@@ -4016,7 +4084,7 @@ func file_internal_hostapi_hostapi_proto_init() {
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_internal_hostapi_hostapi_proto_rawDesc), len(file_internal_hostapi_hostapi_proto_rawDesc)),
 			NumEnums:      4,
-			NumMessages:   50,
+			NumMessages:   51,
 			NumExtensions: 0,
 			NumServices:   3,
 		},

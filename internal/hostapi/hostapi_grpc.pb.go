@@ -143,6 +143,7 @@ const (
 	Host_ListKeys_FullMethodName      = "/mortise.host.v1.Host/ListKeys"
 	Host_CreateVM_FullMethodName      = "/mortise.host.v1.Host/CreateVM"
 	Host_InspectVM_FullMethodName     = "/mortise.host.v1.Host/InspectVM"
+	Host_InspectDisk_FullMethodName   = "/mortise.host.v1.Host/InspectDisk"
 	Host_ReconfigureVM_FullMethodName = "/mortise.host.v1.Host/ReconfigureVM"
 	Host_PowerOn_FullMethodName       = "/mortise.host.v1.Host/PowerOn"
 	Host_PowerOff_FullMethodName      = "/mortise.host.v1.Host/PowerOff"
@@ -173,6 +174,8 @@ type HostClient interface {
 	CreateVM(ctx context.Context, in *CreateVMRequest, opts ...grpc.CallOption) (*VMInfo, error)
 	// InspectVM reads a VM's folder. It needs no key and takes no lock.
 	InspectVM(ctx context.Context, in *InspectVMRequest, opts ...grpc.CallOption) (*VMInfo, error)
+	// InspectDisk reads a disk's descriptor. It needs no key and takes no lock.
+	InspectDisk(ctx context.Context, in *InspectDiskRequest, opts ...grpc.CallOption) (*DiskInfo, error)
 	// ReconfigureVM changes encryption and hardware. It reports progress until the
 	// last message, which carries the VM as it is then. Cancelling the call stops
 	// at a durable boundary; calling it again goes on from there (R4).
@@ -277,6 +280,16 @@ func (c *hostClient) InspectVM(ctx context.Context, in *InspectVMRequest, opts .
 	cOpts := append([]grpc.CallOption{grpc.StaticMethod()}, opts...)
 	out := new(VMInfo)
 	err := c.cc.Invoke(ctx, Host_InspectVM_FullMethodName, in, out, cOpts...)
+	if err != nil {
+		return nil, err
+	}
+	return out, nil
+}
+
+func (c *hostClient) InspectDisk(ctx context.Context, in *InspectDiskRequest, opts ...grpc.CallOption) (*DiskInfo, error) {
+	cOpts := append([]grpc.CallOption{grpc.StaticMethod()}, opts...)
+	out := new(DiskInfo)
+	err := c.cc.Invoke(ctx, Host_InspectDisk_FullMethodName, in, out, cOpts...)
 	if err != nil {
 		return nil, err
 	}
@@ -407,6 +420,8 @@ type HostServer interface {
 	CreateVM(context.Context, *CreateVMRequest) (*VMInfo, error)
 	// InspectVM reads a VM's folder. It needs no key and takes no lock.
 	InspectVM(context.Context, *InspectVMRequest) (*VMInfo, error)
+	// InspectDisk reads a disk's descriptor. It needs no key and takes no lock.
+	InspectDisk(context.Context, *InspectDiskRequest) (*DiskInfo, error)
 	// ReconfigureVM changes encryption and hardware. It reports progress until the
 	// last message, which carries the VM as it is then. Cancelling the call stops
 	// at a durable boundary; calling it again goes on from there (R4).
@@ -458,6 +473,9 @@ func (UnimplementedHostServer) CreateVM(context.Context, *CreateVMRequest) (*VMI
 }
 func (UnimplementedHostServer) InspectVM(context.Context, *InspectVMRequest) (*VMInfo, error) {
 	return nil, status.Errorf(codes.Unimplemented, "method InspectVM not implemented")
+}
+func (UnimplementedHostServer) InspectDisk(context.Context, *InspectDiskRequest) (*DiskInfo, error) {
+	return nil, status.Errorf(codes.Unimplemented, "method InspectDisk not implemented")
 }
 func (UnimplementedHostServer) ReconfigureVM(*ReconfigureVMRequest, grpc.ServerStreamingServer[Progress]) error {
 	return status.Errorf(codes.Unimplemented, "method ReconfigureVM not implemented")
@@ -626,6 +644,24 @@ func _Host_InspectVM_Handler(srv interface{}, ctx context.Context, dec func(inte
 	return interceptor(ctx, in, info, handler)
 }
 
+func _Host_InspectDisk_Handler(srv interface{}, ctx context.Context, dec func(interface{}) error, interceptor grpc.UnaryServerInterceptor) (interface{}, error) {
+	in := new(InspectDiskRequest)
+	if err := dec(in); err != nil {
+		return nil, err
+	}
+	if interceptor == nil {
+		return srv.(HostServer).InspectDisk(ctx, in)
+	}
+	info := &grpc.UnaryServerInfo{
+		Server:     srv,
+		FullMethod: Host_InspectDisk_FullMethodName,
+	}
+	handler := func(ctx context.Context, req interface{}) (interface{}, error) {
+		return srv.(HostServer).InspectDisk(ctx, req.(*InspectDiskRequest))
+	}
+	return interceptor(ctx, in, info, handler)
+}
+
 func _Host_ReconfigureVM_Handler(srv interface{}, stream grpc.ServerStream) error {
 	m := new(ReconfigureVMRequest)
 	if err := stream.RecvMsg(m); err != nil {
@@ -789,6 +825,10 @@ var Host_ServiceDesc = grpc.ServiceDesc{
 		{
 			MethodName: "InspectVM",
 			Handler:    _Host_InspectVM_Handler,
+		},
+		{
+			MethodName: "InspectDisk",
+			Handler:    _Host_InspectDisk_Handler,
 		},
 		{
 			MethodName: "PowerOn",
