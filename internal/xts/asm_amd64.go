@@ -41,8 +41,26 @@ func (c *Cipher) expandAsm(key []byte) (err error) {
 	return nil
 }
 
+// maxRun bounds the time of one call of a kernel, which the Go scheduler cannot
+// interrupt, to about 200 microseconds. It is a multiple of UnitSize.
+const maxRun = 1 << 20
+
 // cryptAsm runs the kernel of impl over len(src)/SectorSize > 0 sectors.
 func cryptAsm(impl implementation, keys, dst, src []byte, unit tweak, offset int, decrypt bool) {
+	for len(src) > maxRun-offset {
+		n := maxRun - offset // to the end of a unit
+		runKernel(impl, keys, dst[:n], src[:n], unit, offset, decrypt)
+		dst, src, offset = dst[n:], src[n:], 0
+		unit = unit.add(maxRun / UnitSize)
+	}
+	runKernel(impl, keys, dst, src, unit, offset, decrypt)
+}
+
+// runKernel calls the kernel that impl has for the direction. Every kernel takes
+// the expanded keys, output, input, the number of sectors (at least 1), the two
+// halves of the first unit's number, and how many sectors of that unit come
+// before the first (0 to 7). It wraps into the next unit by itself.
+func runKernel(impl implementation, keys, dst, src []byte, unit tweak, offset int, decrypt bool) {
 	var (
 		k, d, s = &keys[0], &dst[0], &src[0]
 		n       = uint64(len(src) / SectorSize)

@@ -80,7 +80,7 @@ func (c *Cipher) cryptGeneric(dst, src []byte, unit tweak, offset int, decrypt b
 	for len(src) > 0 {
 		n := min(UnitSize-offset, len(src))
 		c.cryptUnit(dst[:n], src[:n], unit, offset, decrypt)
-		dst, src, unit, offset = dst[n:], src[n:], unit.next(), 0
+		dst, src, unit, offset = dst[n:], src[n:], unit.add(1), 0
 	}
 }
 
@@ -119,9 +119,9 @@ func (c *Cipher) cryptUnit(dst, src []byte, unit tweak, offset int, decrypt bool
 	}
 }
 
-// next is the number after t.
-func (t tweak) next() tweak {
-	lo, carry := bits.Add64(t.lo, 1, 0)
+// add is the number n after t.
+func (t tweak) add(n uint64) tweak {
+	lo, carry := bits.Add64(t.lo, n, 0)
 	return tweak{lo, t.hi + carry}
 }
 

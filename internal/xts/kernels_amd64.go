@@ -16,42 +16,42 @@ func cpuid7() (ecx uint32)
 
 // encryptAESNI encrypts eight blocks at a time.
 //
-// See cryptAsm for the parameters.
+// See runKernel for the parameters.
 //
 //go:noescape
 func encryptAESNI(keys *byte, dst *byte, src *byte, sectors uint64, lo uint64, hi uint64, skip uint64)
 
 // encryptAVX2 encrypts sixteen blocks at a time.
 //
-// See cryptAsm for the parameters.
+// See runKernel for the parameters.
 //
 //go:noescape
 func encryptAVX2(keys *byte, dst *byte, src *byte, sectors uint64, lo uint64, hi uint64, skip uint64)
 
 // encryptAVX512 encrypts thirty-two blocks at a time.
 //
-// See cryptAsm for the parameters.
+// See runKernel for the parameters.
 //
 //go:noescape
 func encryptAVX512(keys *byte, dst *byte, src *byte, sectors uint64, lo uint64, hi uint64, skip uint64)
 
 // decryptAESNI decrypts eight blocks at a time.
 //
-// See cryptAsm for the parameters.
+// See runKernel for the parameters.
 //
 //go:noescape
 func decryptAESNI(keys *byte, dst *byte, src *byte, sectors uint64, lo uint64, hi uint64, skip uint64)
 
 // decryptAVX2 decrypts sixteen blocks at a time.
 //
-// See cryptAsm for the parameters.
+// See runKernel for the parameters.
 //
 //go:noescape
 func decryptAVX2(keys *byte, dst *byte, src *byte, sectors uint64, lo uint64, hi uint64, skip uint64)
 
 // decryptAVX512 decrypts thirty-two blocks at a time.
 //
-// See cryptAsm for the parameters.
+// See runKernel for the parameters.
 //
 //go:noescape
 func decryptAVX512(keys *byte, dst *byte, src *byte, sectors uint64, lo uint64, hi uint64, skip uint64)

@@ -142,6 +142,10 @@ func TestAgainstGeneric(t *testing.T) {
 				compare(t, impl, key, src, tweak{lo: r.Uint64()}, skip*SectorSize)
 			}
 		}
+		// A run that cryptAsm cuts, from within a unit and from its beginning.
+		for _, offset := range []int{0, 5 * SectorSize} {
+			compare(t, impl, key, randomBytes(12, 1<<20+UnitSize), tweak{lo: r.Uint64()}, offset)
+		}
 		// The number of a unit carries into its upper half.
 		compare(t, impl, key, randomBytes(11, 3*UnitSize), tweak{lo: 1<<64 - 2, hi: 7}, 0)
 	})

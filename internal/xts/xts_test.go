@@ -2,9 +2,14 @@ package xts
 
 import (
 	"bytes"
+	"crypto/aes"
+	"encoding/binary"
 	"errors"
 	"math/rand/v2"
+	"reflect"
+	"sync"
 	"testing"
+	"unsafe"
 
 	"mortise/internal/secret"
 )
@@ -32,11 +37,10 @@ func makeCipher(t testing.TB, key []byte, impl implementation) *Cipher {
 
 // randomBytes is reproducible: a failure names its seed.
 func randomBytes(seed uint64, n int) []byte {
+	var chacha [32]byte
+	binary.LittleEndian.PutUint64(chacha[:], seed)
 	b := make([]byte, n)
-	r := rand.New(rand.NewPCG(seed, 0))
-	for i := range b {
-		b[i] = byte(r.Uint32())
-	}
+	rand.NewChaCha8(chacha).Read(b)
 	return b
 }
 
@@ -125,21 +129,90 @@ func TestMisusePanics(t *testing.T) {
 
 func TestWipe(t *testing.T) {
 	everywhere(t, func(t *testing.T, impl implementation) {
-		neighbour := makeCipher(t, randomBytes(5, KeySize), impl) // keeps the page mapped
-		c := makeCipher(t, randomBytes(6, KeySize), impl)
+		c, err := newCipher(makeKey(t, randomBytes(6, KeySize)), impl)
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer c.Wipe()
 		var raw []byte
 		c.keys.Use(func(b []byte) { raw = b })
 		if bytes.Equal(raw, make([]byte, len(raw))) {
 			t.Fatal("the expanded keys are not in the locked memory")
 		}
+		// Something on the same page keeps it mapped after the wipe.
+		var neighbours []*secret.Key
+		page := func(b []byte) uintptr { return uintptr(unsafe.Pointer(&b[0])) &^ 4095 }
+		for len(neighbours) < 1000 {
+			k := makeKey(t, []byte{1})
+			neighbours = append(neighbours, k)
+			same := false
+			k.Use(func(b []byte) { same = page(b) == page(raw) })
+			if same {
+				break
+			}
+		}
+		if len(neighbours) == 1000 {
+			t.Fatal("no neighbour on the page of the expanded keys")
+		}
 		c.Wipe()
 		c.Wipe()
-		if impl == neighbour.impl && !bytes.Equal(raw, make([]byte, len(raw))) {
+		if !bytes.Equal(raw, make([]byte, len(raw))) {
 			t.Error("Wipe left key bytes")
 		}
 		buf := make([]byte, UnitSize)
 		mustPanic(t, secret.ErrWiped, func() { c.Encrypt(buf, buf, 0) })
 		(*Cipher)(nil).Wipe()
+	})
+}
+
+// TestHeapCopyIsCleared checks that generic leaves nothing of the key schedule
+// where crypto/aes made it.
+func TestHeapCopyIsCleared(t *testing.T) {
+	b, err := aes.NewCipher(randomBytes(9, KeySize/2))
+	if err != nil {
+		t.Fatal(err)
+	}
+	want, got := make([]byte, aes.BlockSize), make([]byte, aes.BlockSize)
+	b.Encrypt(want, want)
+	typ := reflect.TypeOf(b).Elem()
+	heap := unsafe.Slice((*byte)(reflect.ValueOf(b).UnsafePointer()), typ.Size())
+	room := make([]uint64, (len(heap)+7)/8)
+	moved := move(b, typ, unsafe.Slice((*byte)(unsafe.Pointer(&room[0])), 8*len(room)))
+	if !bytes.Equal(heap, make([]byte, len(heap))) {
+		t.Error("the heap's copy is not cleared")
+	}
+	moved.Encrypt(got, got)
+	if !bytes.Equal(got, want) {
+		t.Error("the moved cipher is another one")
+	}
+}
+
+// TestConcurrentUse lets the race detector look at one Cipher in many goroutines.
+func TestConcurrentUse(t *testing.T) {
+	everywhere(t, func(t *testing.T, impl implementation) {
+		c := makeCipher(t, randomBytes(13, KeySize), impl)
+		plain := randomBytes(14, 4*UnitSize)
+		want := make([]byte, len(plain))
+		c.Encrypt(want, plain, 100)
+		var wg sync.WaitGroup
+		for range 8 {
+			wg.Go(func() {
+				buf := make([]byte, len(plain))
+				for range 20 {
+					c.Encrypt(buf, plain, 100)
+					if !bytes.Equal(buf, want) {
+						t.Error("another goroutine changed the result")
+						return
+					}
+					c.Decrypt(buf, buf, 100)
+					if !bytes.Equal(buf, plain) {
+						t.Error("another goroutine changed the result")
+						return
+					}
+				}
+			})
+		}
+		wg.Wait()
 	})
 }
 

@@ -72,7 +72,7 @@ type run struct {
 // start declares the function name and loads its arguments.
 func start(name, doc string) *run {
 	TEXT(name, NOSPLIT, "func(keys, dst, src *byte, sectors, lo, hi, skip uint64)")
-	Doc(name+" "+doc, "", "See cryptAsm for the parameters.")
+	Doc(name+" "+doc, "", "See runKernel for the parameters.")
 	Pragma("noescape")
 	return &run{
 		keys:    Load(Param("keys"), GP64()),
