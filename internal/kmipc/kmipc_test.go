@@ -1,0 +1,639 @@
+package kmipc
+
+import (
+	"bytes"
+	"context"
+	"crypto/sha256"
+	"crypto/tls"
+	"crypto/x509"
+	"errors"
+	"fmt"
+	"net"
+	"path/filepath"
+	"slices"
+	"strings"
+	"sync"
+	"testing"
+	"time"
+
+	"github.com/ovh/kmip-go"
+
+	"mortise/internal/kmipc/kmipctest"
+	"mortise/internal/pki"
+)
+
+func ctx(t testing.TB) context.Context {
+	c, cancel := context.WithTimeout(context.Background(), 30*time.Second)
+	t.Cleanup(cancel)
+	return c
+}
+
+// create makes a key or fails the test.
+func create(t testing.TB, c interface {
+	Create(context.Context, string) (string, error)
+}, name string) string {
+	t.Helper()
+	id, err := c.Create(ctx(t), name)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return id
+}
+
+func state(t testing.TB, c *Client, id string) kmip.State {
+	t.Helper()
+	a, err := c.GetAttributes(ctx(t), id, "State")
+	if err != nil {
+		t.Fatal(err)
+	}
+	return a.State
+}
+
+// TestPyKMIP goes through a key's life on a server that is not ours.
+func TestPyKMIP(t *testing.T) {
+	dir := t.TempDir()
+	path := func(name string) string { return filepath.Join(dir, name) }
+	clientC, clientK, err := pki.NewKMIPClient(24*time.Hour, time.Now())
+	if err != nil {
+		t.Fatal(err)
+	}
+	serverKey, err := pki.GenerateKey()
+	if err != nil {
+		t.Fatal(err)
+	}
+	serverC, err := pki.SelfSigned(serverKey, pki.Grant{Server: true, Life: 24 * time.Hour}, "pykmip", time.Now())
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := errors.Join(pki.SaveKeyPair(path("server.pem"), []*x509.Certificate{serverC}, serverKey), pki.SaveCertificates(path("client.pem"), clientC)); err != nil {
+		t.Fatal(err)
+	}
+	addr := kmipctest.Start(t, kmipctest.Files{Certificate: path("server.pem"), Key: path("server.pem"), ClientCA: path("client.pem"), Database: path("db")})
+
+	chain, thumb, err := FetchServerCertificate(ctx(t), addr)
+	if err != nil || !chain[0].Equal(serverC) || thumb != pki.Thumbprint(serverC) {
+		t.Fatalf("FetchServerCertificate: %q, %v", thumb, err)
+	}
+	pin, err := pki.ParseThumbprint(thumb)
+	if err != nil {
+		t.Fatal(err)
+	}
+	cfg := Config{
+		Endpoints:   []Endpoint{{Name: "pykmip", Address: addr, Pins: [][sha256.Size]byte{pin}}},
+		Certificate: tls.Certificate{Certificate: [][]byte{clientC.Raw}, PrivateKey: clientK},
+	}
+	c, err := New(cfg)
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(c.Close)
+
+	st := c.Servers()[0].Status(ctx(t))
+	if !st.Reachable || st.Err != nil || st.Version != "1.4" || !strings.Contains(st.Vendor, "PyKMIP") || !st.Certificate.Equal(serverC) ||
+		!st.ClientExpires.Equal(clientC.NotAfter) || st.Latency <= 0 {
+		t.Errorf("status %+v", st)
+	}
+
+	id := create(t, c, "operation-1")
+	create(t, c, "operation-2")
+	if ids, err := c.Locate(ctx(t), "operation-1", 10); err != nil || !slices.Equal(ids, []string{id}) {
+		t.Errorf("Locate: %v, %v; want %s", ids, err, id)
+	}
+	if ids, err := c.Locate(ctx(t), "operation-3", 10); err != nil || len(ids) != 0 {
+		t.Errorf("Locate of nothing: %v, %v", ids, err)
+	}
+	a, err := c.GetAttributes(ctx(t), id, "State", "Name", "x-Vendor")
+	if err != nil || a.State != kmip.StatePreActive || !slices.Equal(a.Names, []string{"operation-1"}) || len(a.Text) != 0 {
+		t.Errorf("attributes %+v, %v", a, err)
+	}
+	if err := c.AddAttribute(ctx(t), id, "x-Vendor", "Mortise"); !errors.Is(err, ErrFailed) {
+		t.Errorf("AddAttribute: %v; PyKMIP has none and calls the message invalid", err)
+	}
+	if err := c.Activate(ctx(t), id); err != nil {
+		t.Error(err)
+	}
+	if s := state(t, c, id); s != kmip.StateActive {
+		t.Errorf("state %v", s)
+	}
+	if err := c.Activate(ctx(t), id); !errors.Is(err, ErrDenied) {
+		t.Errorf("Activate twice: %v", err)
+	}
+	key, err := c.Get(ctx(t), id)
+	if err != nil {
+		t.Fatal(err)
+	}
+	again, err := c.Get(ctx(t), id)
+	if err != nil || !again.Equal(key) || key.Len() != 32 {
+		t.Errorf("Get twice: %v", err)
+	}
+	if err := c.Destroy(ctx(t), id); !errors.Is(err, ErrDenied) {
+		t.Errorf("Destroy of an active key: %v", err)
+	}
+	if err := c.Revoke(ctx(t), id, false); err != nil || state(t, c, id) != kmip.StateDeactivated {
+		t.Errorf("Revoke: %v", err)
+	}
+	if err := c.Destroy(ctx(t), id); err != nil {
+		t.Error(err)
+	}
+	if _, err := c.Get(ctx(t), id); !errors.Is(err, ErrNotFound) {
+		t.Errorf("Get of a destroyed key: %v", err)
+	}
+
+	// A certificate that PyKMIP was not told of.
+	cfg.Certificate = clientCert(t)
+	stranger, err := New(cfg)
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(stranger.Close)
+	if _, err := stranger.Query(ctx(t)); !errors.Is(err, ErrRefused) {
+		t.Errorf("unknown client: %v, want ErrRefused", err)
+	}
+}
+
+func TestLife(t *testing.T) {
+	f := startFake(t, newStore())
+	c := connect(t, nil, nil, f)
+	id := create(t, c, "op")
+	if err := c.AddAttribute(ctx(t), id, "x-Vendor", "Mortise"); err != nil {
+		t.Error(err)
+	}
+	a, err := c.GetAttributes(ctx(t), id, "State", "Name", "x-Vendor", "x-Product")
+	if err != nil || a.State != kmip.StatePreActive || a.Names[0] != "op" || a.Text["x-Vendor"] != "Mortise" || len(a.Text) != 1 {
+		t.Errorf("attributes %+v, %v", a, err)
+	}
+	if ids, err := c.Locate(ctx(t), "op", 5); err != nil || len(ids) != 1 || ids[0] != id {
+		t.Errorf("located %v, %v", ids, err)
+	}
+	if err := c.Activate(ctx(t), id); err != nil || state(t, c, id) != kmip.StateActive {
+		t.Error(err)
+	}
+	k, err := c.Get(ctx(t), id)
+	if err != nil {
+		t.Fatal(err)
+	}
+	k.Use(func(b []byte) {
+		if !bytes.Equal(b, f.store.keys[id].material) {
+			t.Error("another key came back")
+		}
+	})
+	if f.accepted != 1 {
+		t.Errorf("%d connections for requests one after the other", f.accepted)
+	}
+}
+
+func TestConfigErrors(t *testing.T) {
+	good := Endpoint{Name: "a", Address: "127.0.0.1:5696", Pins: make([][32]byte, 1)}
+	cert := clientCert(t)
+	for want, cfg := range map[string]Config{
+		"at least one": {Certificate: cert},
+		"client":       {Endpoints: []Endpoint{good}},
+		"host:port":    {Endpoints: []Endpoint{{Name: "a", Address: "kms", Pins: good.Pins}}, Certificate: cert},
+		"thumbprint":   {Endpoints: []Endpoint{{Name: "a", Address: good.Address}}, Certificate: cert},
+		"two servers":  {Endpoints: []Endpoint{good, good}, Certificate: cert},
+		"has no name":  {Endpoints: []Endpoint{{Address: good.Address, Pins: good.Pins}}, Certificate: cert},
+	} {
+		if _, err := New(cfg); err == nil || !strings.Contains(err.Error(), want) {
+			t.Errorf("%v, want %q", err, want)
+		}
+	}
+}
+
+func TestBadNamesAreNotSent(t *testing.T) {
+	f := startFake(t, newStore())
+	c := connect(t, nil, nil, f)
+	for _, bad := range []string{"", "a\nb", "\x00", strings.Repeat("x", maxID+1), "\xff"} {
+		_, e1 := c.Create(ctx(t), bad)
+		_, e2 := c.Get(ctx(t), bad)
+		_, e3 := c.Locate(ctx(t), bad, 1)
+		_, e4 := c.GetAttributes(ctx(t), bad, "State")
+		for i, err := range []error{e1, e2, e3, e4, c.Activate(ctx(t), bad), c.Revoke(ctx(t), bad, true), c.Destroy(ctx(t), bad), c.AddAttribute(ctx(t), bad, "x-a", "b")} {
+			if err == nil {
+				t.Errorf("%d: %q was accepted", i, bad)
+			}
+		}
+	}
+	if len(f.requests) != 0 {
+		t.Errorf("sent %v", f.requests)
+	}
+}
+
+func TestPin(t *testing.T) {
+	f := startFake(t, newStore())
+	c := connect(t, nil, func(cfg *Config) { cfg.Endpoints[0].Pins = [][32]byte{{1}} }, f)
+	_, err := c.Query(ctx(t))
+	var changed *CertificateError
+	if !errors.Is(err, ErrCertificateChanged) || !errors.As(err, &changed) || !changed.Certificate.Equal(f.cert) || !strings.Contains(err.Error(), pki.Thumbprint(f.cert)) {
+		t.Errorf("%v", err)
+	}
+	if len(f.requests) != 0 {
+		t.Errorf("an unconfirmed server was sent %v", f.requests)
+	}
+	st := c.Servers()[0].Status(ctx(t))
+	if st.Reachable || !st.Certificate.Equal(f.cert) || !errors.Is(st.Err, ErrCertificateChanged) {
+		t.Errorf("status %+v", st)
+	}
+	// While a server renews its certificate both are pinned.
+	c = connect(t, nil, func(cfg *Config) {
+		cfg.Endpoints[0].Pins = append([][32]byte{{1}}, cfg.Endpoints[0].Pins...)
+	}, f)
+	if _, err := c.Query(ctx(t)); err != nil {
+		t.Error(err)
+	}
+}
+
+func TestClientRefused(t *testing.T) {
+	for _, v := range []uint16{tls.VersionTLS12, tls.VersionTLS13} {
+		f := startFake(t, newStore())
+		f.set(func() { f.tlsMax, f.admit = v, f.cert })
+		c := connect(t, nil, nil, f)
+		if _, err := c.Query(ctx(t)); !errors.Is(err, ErrRefused) {
+			t.Errorf("TLS %x: %v, want ErrRefused", v, err)
+		}
+		f.set(func() { f.admit = c.cfg.Certificate.Leaf })
+		if _, err := c.Query(ctx(t)); err != nil {
+			t.Errorf("TLS %x: after it was registered: %v", v, err)
+		}
+	}
+}
+
+func TestDeadIdleConnections(t *testing.T) {
+	f := startFake(t, newStore())
+	c := connect(t, nil, nil, f)
+	id := create(t, c, "a")
+	f.closeConns()
+	waitGone(t, f)
+	create(t, c, "b") // not idempotent: works, since nothing was sent on the dead connection
+	f.closeConns()
+	waitGone(t, f)
+	if _, err := c.Get(ctx(t), id); err != nil {
+		t.Error(err)
+	}
+	if f.count(kmip.OperationCreate) != 2 {
+		t.Errorf("%d creates arrived", f.count(kmip.OperationCreate))
+	}
+	old := f.accepted
+	c.cfg.Now = func() time.Time { return time.Now().Add(time.Hour) } // past the idle time
+	if _, err := c.Get(ctx(t), id); err != nil || f.accepted != old+1 {
+		t.Errorf("a connection idle for an hour: %v, %d connections", err, f.accepted-old)
+	}
+}
+
+// waitGone waits until the closed connections' FINs are with the client.
+func waitGone(t testing.TB, f *fake) {
+	t.Helper()
+	for range 200 {
+		f.mu.Lock()
+		n := len(f.conns)
+		f.mu.Unlock()
+		if n == 0 {
+			time.Sleep(5 * time.Millisecond)
+			return
+		}
+		time.Sleep(5 * time.Millisecond)
+	}
+	t.Fatal("connections stay")
+}
+
+// once returns a fault for the first request of an operation.
+func once(op kmip.Operation, what fault) func(kmip.Operation) fault {
+	var done bool
+	return func(o kmip.Operation) fault {
+		if o == op && !done {
+			done = true
+			return what
+		}
+		return none
+	}
+}
+
+func TestBrokenConnections(t *testing.T) {
+	for _, what := range []fault{closeBefore, closeAfter} {
+		f := startFake(t, newStore())
+		c := connect(t, nil, nil, f)
+		id := create(t, c, "a")
+		f.set(func() { f.fault = once(kmip.OperationGet, what) })
+		if _, err := c.Get(ctx(t), id); err != nil {
+			t.Errorf("%d: a read on a kept connection is not repeated: %v", what, err)
+		}
+		f.set(func() { f.fault = once(kmip.OperationCreate, what) })
+		if _, err := c.Create(ctx(t), "b"); !errors.Is(err, ErrOutcomeUnknown) {
+			t.Errorf("%d: Create: %v, want ErrOutcomeUnknown", what, err)
+		}
+		if n := f.count(kmip.OperationCreate); n != 2 {
+			t.Errorf("%d: Create was sent %d times", what, n)
+		}
+		ids, err := c.Locate(ctx(t), "b", 10)
+		if want := int(what - closeBefore); err != nil || len(ids) != want {
+			t.Errorf("%d: located %v, %v; want %d", what, ids, err, want)
+		}
+	}
+}
+
+func TestFreshConnectionIsNotRetried(t *testing.T) {
+	f := startFake(t, newStore())
+	c := connect(t, nil, nil, f)
+	f.set(func() {
+		f.fault = func(op kmip.Operation) fault {
+			if op == kmip.OperationQuery {
+				return closeBefore
+			}
+			return none
+		}
+	})
+	if _, err := c.Query(ctx(t)); !errors.Is(err, ErrUnreachable) || f.count(kmip.OperationQuery) != 1 {
+		t.Errorf("%v after %d tries", err, f.count(kmip.OperationQuery))
+	}
+}
+
+func TestFailover(t *testing.T) {
+	store := newStore()
+	a, b := startFake(t, store), startFake(t, store)
+	var log lockedBuffer
+	c := connect(t, &log, nil, a, b)
+	id := create(t, c, "x")
+	if a.count(kmip.OperationCreate) != 1 || b.accepted != 0 {
+		t.Error("the first server is not preferred")
+	}
+	now := time.Now()
+	var mu sync.Mutex
+	c.cfg.Now = func() time.Time { mu.Lock(); defer mu.Unlock(); return now }
+
+	addr := a.l.Addr().String()
+	a.stop()
+	waitGone(t, a)
+	if _, err := c.Get(ctx(t), id); err != nil {
+		t.Fatal(err)
+	}
+	if create(t, c, "y"); b.count(kmip.OperationCreate) != 1 {
+		t.Error("the second server was not asked")
+	}
+	if strings.Count(log.String(), "asking the next") != 1 {
+		t.Errorf("a resting server is asked again at once:\n%s", log.String())
+	}
+
+	// The first server comes back; after its rest it is preferred again.
+	l, err := net.Listen("tcp", addr)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer l.Close()
+	dialed := make(chan struct{}, 10)
+	go func() {
+		for {
+			conn, err := l.Accept()
+			if err != nil {
+				return
+			}
+			dialed <- struct{}{}
+			conn.Close()
+		}
+	}()
+	mu.Lock()
+	now = now.Add(minRest + time.Second)
+	mu.Unlock()
+	if _, err := c.Get(ctx(t), id); err != nil {
+		t.Fatal(err)
+	}
+	select {
+	case <-dialed:
+	case <-time.After(time.Second):
+		t.Error("the first server was not tried again")
+	}
+
+	b.stop()
+	waitGone(t, b)
+	_, err = c.Get(ctx(t), id)
+	if !errors.Is(err, ErrUnreachable) || !strings.Contains(err.Error(), "kms-1") || !strings.Contains(err.Error(), "kms-2") {
+		t.Errorf("both down: %v", err)
+	}
+}
+
+func TestFailoverOnlyWhenSafe(t *testing.T) {
+	store := newStore()
+	a, b := startFake(t, store), startFake(t, store)
+	c := connect(t, nil, nil, a, b)
+	a.set(func() { a.fault = once(kmip.OperationCreate, closeAfter) })
+	if _, err := c.Create(ctx(t), "x"); !errors.Is(err, ErrOutcomeUnknown) || b.count(kmip.OperationCreate) != 0 {
+		t.Errorf("Create was repeated elsewhere, or %v", err)
+	}
+	c.Servers()[0].worked()
+	a.set(func() { a.fault = once(kmip.OperationCreate, generalFailure) })
+	if _, err := c.Create(ctx(t), "x"); !errors.Is(err, ErrFailed) || b.count(kmip.OperationCreate) != 0 {
+		t.Errorf("Create was repeated elsewhere, or %v", err)
+	}
+	a.set(func() { a.fault = once(kmip.OperationQuery, generalFailure) })
+	if _, err := c.Query(ctx(t)); err != nil {
+		t.Errorf("a read is not repeated elsewhere: %v", err)
+	}
+	a.set(func() { a.fault = once(kmip.OperationQuery, garbage) })
+	if _, err := c.Query(ctx(t)); err != nil {
+		t.Errorf("a read is not repeated elsewhere: %v", err)
+	}
+}
+
+func TestMissingOnOneServer(t *testing.T) {
+	a, b := startFake(t, newStore()), startFake(t, newStore())
+	c := connect(t, nil, nil, a, b)
+	id := create(t, c.Servers()[1], "only there")
+	if _, err := c.Get(ctx(t), id); err != nil {
+		t.Errorf("a key that one server has: %v", err)
+	}
+	if _, err := c.Servers()[0].Get(ctx(t), id); !errors.Is(err, ErrNotFound) {
+		t.Errorf("asked of the other server: %v", err)
+	}
+	if _, err := c.Get(ctx(t), "nowhere"); !errors.Is(err, ErrNotFound) {
+		t.Errorf("a key that none has: %v", err)
+	}
+}
+
+func TestSlowHandshakeRaisesNoAlarm(t *testing.T) {
+	f := startFake(t, newStore())
+	var log lockedBuffer
+	c := connect(t, &log, func(cfg *Config) { cfg.HandshakeTimeout = 150 * time.Millisecond }, f)
+	slow := func(n int) func() time.Duration {
+		return func() time.Duration {
+			if n--; n >= 0 {
+				return 400 * time.Millisecond
+			}
+			return 0
+		}
+	}
+	f.set(func() { f.slow = slow(1) })
+	if st := c.Servers()[0].Status(ctx(t)); !st.Reachable || st.Err != nil {
+		t.Errorf("one slow handshake: %+v", st)
+	}
+	if strings.Contains(log.String(), "unreachable") {
+		t.Errorf("an alarm after one slow handshake:\n%s", log.String())
+	}
+	c.Servers()[0].dropIdle()
+	f.set(func() { f.slow = slow(2) })
+	if st := c.Servers()[0].Status(ctx(t)); st.Reachable || !errors.Is(st.Err, ErrUnreachable) {
+		t.Errorf("two slow handshakes: %+v", st)
+	}
+	if !strings.Contains(log.String(), "key server is unreachable") {
+		t.Errorf("no alarm after two:\n%s", log.String())
+	}
+	f.set(func() { f.slow = nil })
+	if st := c.Servers()[0].Status(ctx(t)); !st.Reachable || st.Vendor != "fake�[31m" {
+		t.Errorf("afterwards: %+v", st)
+	}
+	if !strings.Contains(log.String(), "key server is back") {
+		t.Errorf("no word of its return:\n%s", log.String())
+	}
+}
+
+func TestHangingServer(t *testing.T) {
+	f := startFake(t, newStore())
+	c := connect(t, nil, func(cfg *Config) { cfg.RequestTimeout = 200 * time.Millisecond }, f)
+	if _, err := c.Query(ctx(t)); err != nil {
+		t.Fatal(err)
+	}
+	f.set(func() {
+		f.fault = func(op kmip.Operation) fault {
+			if op == kmip.OperationQuery {
+				return hang
+			}
+			return none
+		}
+	})
+	begin := time.Now()
+	if _, err := c.Query(ctx(t)); !errors.Is(err, ErrUnreachable) || time.Since(begin) > 3*time.Second {
+		t.Errorf("%v after %v", err, time.Since(begin))
+	}
+	canceled, cancel := context.WithCancel(ctx(t))
+	c.cfg.RequestTimeout = time.Minute
+	time.AfterFunc(100*time.Millisecond, cancel)
+	begin = time.Now()
+	if _, err := c.Query(canceled); !errors.Is(err, context.Canceled) || time.Since(begin) > 3*time.Second {
+		t.Errorf("%v after %v", err, time.Since(begin))
+	}
+	if s := c.Servers()[0]; s.failures > 2 {
+		t.Errorf("a caller's cancellation counts as a failure of the server: %d", s.failures)
+	}
+}
+
+func TestVersions(t *testing.T) {
+	v := func(minor ...int32) (list []kmip.ProtocolVersion) {
+		for _, m := range minor {
+			list = append(list, kmip.ProtocolVersion{ProtocolVersionMajor: 1, ProtocolVersionMinor: m})
+		}
+		return list
+	}
+	for _, c := range []struct {
+		name   string
+		server []kmip.ProtocolVersion
+		want   string
+	}{
+		{"lists the lowest first", v(0, 1, 2, 3), "1.3"},
+		{"all", v(4, 3, 2, 1, 0), "1.4"},
+		{"1.1 only", v(1), "1.1"},
+		{"1.4 only", v(4), "1.4"},
+		{"2.0 too", append([]kmip.ProtocolVersion{{ProtocolVersionMajor: 2}}, v(4, 1)...), "1.4"},
+		{"2.0 only", []kmip.ProtocolVersion{{ProtocolVersionMajor: 2}}, ""},
+		{"1.0 only", v(0), ""},
+	} {
+		f := startFake(t, newStore())
+		f.set(func() { f.versions = c.server })
+		cl := connect(t, nil, nil, f)
+		st := cl.Servers()[0].Status(ctx(t))
+		if st.Version != c.want || (c.want == "") != (st.Err != nil) {
+			t.Errorf("%s: version %q, %v", c.name, st.Version, st.Err)
+		}
+		if c.want != "" {
+			create(t, cl, "works in it")
+		}
+	}
+}
+
+func TestConnectionLimit(t *testing.T) {
+	f := startFake(t, newStore())
+	c := connect(t, nil, func(cfg *Config) { cfg.MaxConnections, cfg.MaxIdle = 3, 2 }, f)
+	id := create(t, c, "x")
+	var most int
+	var wg sync.WaitGroup
+	for range 30 {
+		wg.Go(func() {
+			if _, err := c.Get(ctx(t), id); err != nil {
+				t.Error(err)
+			}
+			f.mu.Lock()
+			most = max(most, len(f.conns))
+			f.mu.Unlock()
+		})
+	}
+	wg.Wait()
+	if most > 3+2 { // those in use, and closed ones that the server has not noticed
+		t.Errorf("%d connections at once", most)
+	}
+	if n := len(c.Servers()[0].idle); n > 2 {
+		t.Errorf("%d idle connections are kept", n)
+	}
+	// A request that waits for a connection ends with its context.
+	c.Servers()[0].slots = make(chan struct{})
+	canceled, cancel := context.WithCancel(ctx(t))
+	cancel()
+	if _, err := c.Get(canceled, id); !errors.Is(err, context.Canceled) {
+		t.Errorf("%v", err)
+	}
+}
+
+// TestWrongKeys: a server that returns something other than the AES-256 key
+// that was asked for, and no byte of it in the error.
+func TestWrongKeys(t *testing.T) {
+	f := startFake(t, newStore())
+	c := connect(t, nil, nil, f)
+	id := create(t, c, "x")
+	f.store.keys[id].material = []byte("sixteen byte key")
+	_, err := c.Get(ctx(t), id)
+	if !errors.Is(err, ErrProtocol) || !strings.Contains(err.Error(), "128 bits") {
+		t.Errorf("a key of 16 bytes: %v", err)
+	}
+	if strings.Contains(err.Error(), "sixteen") || strings.Contains(err.Error(), fmt.Sprintf("%x", "sixteen")) {
+		t.Errorf("key bytes in %v", err)
+	}
+}
+
+func TestFetchServerCertificateErrors(t *testing.T) {
+	if _, _, err := FetchServerCertificate(ctx(t), "kms"); err == nil || !strings.Contains(err.Error(), "host:port") {
+		t.Errorf("%v", err)
+	}
+	if _, _, err := FetchServerCertificate(ctx(t), "127.0.0.1:1"); !errors.Is(err, ErrUnreachable) {
+		t.Errorf("%v", err)
+	}
+	l, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer l.Close()
+	go func() {
+		if c, err := l.Accept(); err == nil {
+			c.Write([]byte("220 smtp.example\r\n"))
+			c.Close()
+		}
+	}()
+	if _, _, err := FetchServerCertificate(ctx(t), l.Addr().String()); !errors.Is(err, ErrUnreachable) || !strings.Contains(err.Error(), "KMIP port") {
+		t.Errorf("%v", err)
+	}
+	// A server that refuses us shows its certificate all the same.
+	for _, v := range []uint16{tls.VersionTLS12, tls.VersionTLS13} {
+		f := startFake(t, newStore())
+		f.set(func() { f.tlsMax, f.admit = v, f.cert })
+		chain, _, err := FetchServerCertificate(ctx(t), f.l.Addr().String())
+		if err != nil || !chain[0].Equal(f.cert) {
+			t.Errorf("TLS %x: %v", v, err)
+		}
+	}
+}
+
+type lockedBuffer struct {
+	mu sync.Mutex
+	b  bytes.Buffer
+}
+
+func (l *lockedBuffer) Write(p []byte) (int, error) {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	return l.b.Write(p)
+}
+func (l *lockedBuffer) String() string { l.mu.Lock(); defer l.mu.Unlock(); return l.b.String() }
