@@ -1,0 +1,252 @@
+package vdisk
+
+import (
+	"errors"
+	"fmt"
+	"io"
+	"sync"
+	"sync/atomic"
+	"syscall"
+
+	"mortise/internal/xts"
+)
+
+const (
+	// SectorSize is the smallest piece of a disk that is read or written, in
+	// bytes: what storage writes whole or not at all.
+	SectorSize = 512
+	// UnitSize is the length of an XTS data unit, in bytes.
+	UnitSize = 4096
+)
+
+// chunk is how much of a request is encrypted before it is handed to the kernel,
+// in bytes: it is still in the CPU's cache when the kernel copies it.
+const chunk = 256 << 10
+
+// An extent is the open file that holds a disk's data. Sectors below boundary
+// have one form, those above another: encrypted with a cipher, or in clear where
+// the cipher is nil. An extent that is not being converted has one form.
+//
+// A sector whose stored bytes are all zero reads as zeros in every form: holes,
+// trimmed sectors, and sectors of a hole whose first write a power cut has torn.
+//
+// Every request holds gate shared while it runs. The converter takes it
+// exclusively for an instant to move a limit: requests that started under the
+// old limits have ended by then.
+type extent struct {
+	name string
+	f    file
+
+	gate         sync.RWMutex
+	below, above *xts.Cipher
+	boundary     int64         // bytes, on a unit
+	hotEnd       int64         // requests to [boundary, hotEnd) wait for moved
+	moved        chan struct{} // closed when the limits have changed
+	stuck        error         // why the hot zone will not move
+
+	dead atomic.Pointer[Error] // why every request is refused from now on
+}
+
+// fail refuses everything from now on, for the first reason that it was told:
+// after a failed fsync nobody knows what is on storage, and the kernel would
+// report success the next time.
+func (e *extent) fail(err error) error {
+	e.dead.CompareAndSwap(nil, &Error{Kind: ErrFailed, File: e.name, Cause: err,
+		Fix: "what was written since the last flush may be lost; repair the storage, then power the VM on again"})
+	return e.dead.Load()
+}
+
+// sync makes everything written so far durable.
+func (e *extent) sync() error {
+	if dead := e.dead.Load(); dead != nil {
+		return dead
+	}
+	if err := e.f.Sync(); err != nil {
+		return e.fail(err)
+	}
+	return nil
+}
+
+// close refuses further requests, waits for those that run, and releases the
+// lock.
+func (e *extent) close() error {
+	e.dead.CompareAndSwap(nil, &Error{Kind: ErrClosed, File: e.name})
+	var err error
+	e.set(func() { err = e.f.Close() })
+	return err
+}
+
+// form makes the extent one of a single form.
+func (e *extent) form(c *xts.Cipher) {
+	e.set(func() { e.below, e.above, e.boundary, e.hotEnd = c, c, 0, 0 })
+}
+
+// set changes what gate protects and wakes the requests that wait.
+func (e *extent) set(change func()) {
+	e.gate.Lock()
+	defer e.gate.Unlock()
+	change()
+	if e.moved != nil {
+		close(e.moved)
+	}
+	e.moved = make(chan struct{})
+}
+
+// enter waits until [off, off+n) is outside the hot zone and holds gate shared.
+func (e *extent) enter(off, n int64) error {
+	for {
+		e.gate.RLock()
+		if dead := e.dead.Load(); dead != nil {
+			e.gate.RUnlock()
+			return dead
+		}
+		if off >= e.hotEnd || off+n <= e.boundary {
+			return nil
+		}
+		moved, stuck := e.moved, e.stuck
+		e.gate.RUnlock()
+		if stuck != nil {
+			return stuck
+		}
+		<-moved
+	}
+}
+
+func (e *extent) read(p []byte, off int64) error {
+	if err := e.enter(off, int64(len(p))); err != nil {
+		return err
+	}
+	defer e.gate.RUnlock()
+	for len(p) > 0 {
+		c, n := e.part(len(p), off)
+		if err := readFull(e.f, p[:n], off); err != nil {
+			return e.readError(err, off)
+		}
+		if c != nil {
+			decrypt(c, p[:n], off)
+		}
+		p, off = p[n:], off+int64(n)
+	}
+	return nil
+}
+
+// write changes p: it encrypts in place.
+func (e *extent) write(p []byte, off int64) error {
+	if err := e.enter(off, int64(len(p))); err != nil {
+		return err
+	}
+	defer e.gate.RUnlock()
+	for len(p) > 0 {
+		c, n := e.part(len(p), off)
+		if c != nil {
+			c.EncryptAt(p[:n], p[:n], unitOf(off), offsetInUnit(off))
+		}
+		if _, err := e.f.WriteAt(p[:n], off); err != nil {
+			return err
+		}
+		p, off = p[n:], off+int64(n)
+	}
+	return nil
+}
+
+// part returns the cipher at off and how many of n bytes to process with it at
+// once.
+func (e *extent) part(n int, off int64) (*xts.Cipher, int) {
+	c, limit := e.above, int64(chunk)
+	if off < e.boundary {
+		c, limit = e.below, min(limit, e.boundary-off)
+	}
+	if c == nil && off >= e.boundary {
+		limit = int64(n) // nothing to gain from small pieces
+	}
+	return c, int(min(int64(n), limit))
+}
+
+// zero makes a range read as zeros, in any form.
+func (e *extent) zero(off, n int64, punch bool) error {
+	if err := e.enter(off, n); err != nil {
+		return err
+	}
+	defer e.gate.RUnlock()
+	if punch {
+		return e.f.Punch(off, n)
+	}
+	return e.f.Zero(off, n)
+}
+
+// status calls emit for the data and holes of [off, off+n) in turn.
+func (e *extent) status(off, n int64, emit func(n int64, s Status) bool) error {
+	for end := off + n; off < end; {
+		data, err := e.f.NextData(off)
+		if err != nil {
+			return err
+		}
+		data = min(roundDown(data, SectorSize), end)
+		if data > off {
+			if !emit(data-off, Hole|Zero) {
+				return nil
+			}
+			off = data
+			continue
+		}
+		hole, err := e.f.NextHole(off)
+		if err != nil {
+			return err
+		}
+		hole = min(max(roundUp(hole, SectorSize), off+SectorSize), end)
+		if !emit(hole-off, 0) {
+			return nil
+		}
+		off = hole
+	}
+	return nil
+}
+
+func (e *extent) readError(err error, off int64) error {
+	if errors.Is(err, io.ErrUnexpectedEOF) || errors.Is(err, io.EOF) {
+		return &Error{Kind: ErrShort, File: e.name, Why: fmt.Sprintf("it ends before byte %d", off), Fix: "it was cut while it was open; restore it from a backup", Cause: syscall.EIO}
+	}
+	return err
+}
+
+func readFull(r io.ReaderAt, p []byte, off int64) error {
+	n, err := r.ReadAt(p, off)
+	if n == len(p) {
+		return nil
+	}
+	if err == nil || errors.Is(err, io.EOF) {
+		return io.ErrUnexpectedEOF
+	}
+	return err
+}
+
+// decrypt turns the stored sectors p at off into what the guest wrote; those
+// that are zero stay zero.
+func decrypt(c *xts.Cipher, p []byte, off int64) {
+	forRuns(p, func(a, b int) {
+		at := off + int64(a)
+		c.DecryptAt(p[a:b], p[a:b], unitOf(at), offsetInUnit(at))
+	})
+}
+
+// forRuns calls f for every run of sectors p[a:b] that are not zero.
+func forRuns(p []byte, f func(a, b int)) {
+	for a := 0; a < len(p); {
+		if isZero(p[a : a+SectorSize]) {
+			a += SectorSize
+			continue
+		}
+		b := a + SectorSize
+		for b < len(p) && !isZero(p[b:b+SectorSize]) {
+			b += SectorSize
+		}
+		f(a, b)
+		a = b
+	}
+}
+
+// isZero looks at all bytes of a sector, but rarely at more than eight.
+func isZero(s []byte) bool { return [SectorSize]byte(s) == [SectorSize]byte{} }
+
+func unitOf(off int64) uint64    { return uint64(off) / UnitSize }
+func offsetInUnit(off int64) int { return int(off % UnitSize) }
