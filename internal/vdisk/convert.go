@@ -143,7 +143,7 @@ func (d *Disk) start(t Target) error {
 		return nil
 	}
 
-	next, err := newDataKey(nil)
+	next, err := newDataKey(d.opts.Random)
 	if err != nil {
 		return err
 	}
@@ -196,7 +196,7 @@ func (d *Disk) descriptorWith(s *state, t Target, next *dataKey) (*vmdk.Descript
 		return nil, &Error{Kind: ErrKeysRequired, File: d.path, Cause: &keysafe.KeysRequiredError{Required: []keysafe.KeyID{t.Key}}}
 	}
 	defer kek.Wipe()
-	safe, err := keysafe.Wrap(nil, binding(d.opts.VM, s.disk), t.Key, kek, next.dek)
+	safe, err := keysafe.Wrap(d.opts.Random, binding(d.opts.VM, s.disk), t.Key, kek, next.dek)
 	if err != nil {
 		return nil, err
 	}

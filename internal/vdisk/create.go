@@ -5,6 +5,7 @@ import (
 	"encoding/binary"
 	"errors"
 	"fmt"
+	"io"
 	"io/fs"
 	"os"
 	"path/filepath"
@@ -19,11 +20,12 @@ import (
 type Spec struct {
 	Size    int64         // bytes, a multiple of SectorSize
 	VM      uuid.UUID     // the VM that the disk belongs to; needed with a Key
-	Disk    uuid.UUID     // its identity; zero: a new one
+	UUID    uuid.UUID     // its identity, ddb.uuid; zero: a new one
 	Adapter string        // ddb.adapterType; "": lsilogic
 	Key     keysafe.KeyID // the KEK that wraps the disk's DEK; zero: a disk in clear
 	KEKs    keysafe.KEKs  // has Key
 	Epoch   uint64        // of the DEK; 0: 1
+	Random  io.Reader     // of keys and nonces; nil: crypto/rand
 
 	fs fsys
 	at func(string)
@@ -41,17 +43,17 @@ func Create(ctx context.Context, path string, s Spec) (err error) {
 	if filepath.Ext(path) != ".vmdk" || vmdk.IsExtentName(filepath.Base(path)) {
 		return fmt.Errorf("creating a disk: %s is no name of a descriptor: it ends in .vmdk, and not as an extent's", path)
 	}
-	if s.Disk == uuid.Nil {
-		s.Disk = uuid.New()
+	if s.UUID == uuid.Nil {
+		s.UUID = uuid.New()
 	}
-	cid := binary.LittleEndian.Uint32(s.Disk[12:]) &^ 1 // any but NoParent
-	desc, err := vmdk.New(path, vmdk.Spec{Size: s.Size, UUID: s.Disk, CID: cid, Extent: filepath.Base(vmdk.FlatName(path)), Adapter: s.Adapter, Thin: true})
+	cid := binary.LittleEndian.Uint32(s.UUID[12:]) &^ 1 // any but NoParent
+	desc, err := vmdk.New(path, vmdk.Spec{Size: s.Size, UUID: s.UUID, CID: cid, Extent: filepath.Base(vmdk.FlatName(path)), Adapter: s.Adapter, Thin: true})
 	if err != nil {
 		return fmt.Errorf("creating a disk: %w", err)
 	}
 	var key *dataKey
 	if s.Key != (keysafe.KeyID{}) {
-		if key, err = newDataKey(nil); err != nil {
+		if key, err = newDataKey(s.Random); err != nil {
 			return err
 		}
 		defer key.wipe()
@@ -92,7 +94,7 @@ func Create(ctx context.Context, path string, s Spec) (err error) {
 	}
 	o.at("create.extent")
 	if key != nil {
-		st := &state{disk: s.Disk, size: s.Size, epoch: max(s.Epoch, 1), check: key.check}
+		st := &state{disk: s.UUID, size: s.Size, epoch: max(s.Epoch, 1), check: key.check}
 		sf, err := createState(o.fs, o.at, name+stateSuffix, st, key.mac(), nil)
 		if err != nil {
 			return fmt.Errorf("creating a state file: %w", err)
@@ -123,7 +125,7 @@ func sealNew(desc *vmdk.Descriptor, s Spec, key *dataKey) error {
 		return &Error{Kind: ErrKeysRequired, File: desc.Name(), Cause: &keysafe.KeysRequiredError{Required: []keysafe.KeyID{s.Key}}}
 	}
 	defer kek.Wipe()
-	safe, err := keysafe.Wrap(nil, binding(s.VM, s.Disk), s.Key, kek, key.dek)
+	safe, err := keysafe.Wrap(s.Random, binding(s.VM, s.UUID), s.Key, kek, key.dek)
 	if err != nil {
 		return err
 	}
@@ -169,12 +171,12 @@ func removeAll(fsys fsys, names ...string) error {
 	return nil
 }
 
-// Remove deletes a disk that nobody uses: first the descriptor, without which the
+// Delete deletes a disk that nobody uses: first the descriptor, without which the
 // rest is only ciphertext. The KEK stays with its provider (rule K9). Files that
 // are not there are fine.
-func Remove(ctx context.Context, path string) error { return removeIn(ctx, osFS{}, path) }
+func Delete(ctx context.Context, path string) error { return deleteIn(ctx, osFS{}, path) }
 
-func removeIn(ctx context.Context, fsys fsys, path string) error {
+func deleteIn(ctx context.Context, fsys fsys, path string) error {
 	if err := ctx.Err(); err != nil {
 		return err
 	}

@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"io"
 	"log/slog"
 	"path/filepath"
 	"sync"
@@ -37,7 +38,7 @@ type Expect struct {
 // Options say how to open a disk.
 type Options struct {
 	VM     uuid.UUID    // the VM that the disk belongs to; needed if it is encrypted
-	Disk   uuid.UUID    // the disk that it must be; zero: any
+	UUID   uuid.UUID    // the disk that it must be; zero: any
 	KEKs   keysafe.KEKs // the caller's key cache; needed if it is encrypted
 	Expect Expect
 
@@ -45,7 +46,8 @@ type Options struct {
 	// conversion was killed must be opened for writing once first.
 	ReadOnly bool
 
-	Log *slog.Logger // nil: none
+	Log    *slog.Logger // nil: none
+	Random io.Reader    // of keys and nonces; nil: crypto/rand
 
 	zone int64        // bytes of a conversion's hot zone; 0: zoneSize
 	fs   fsys         // nil: the operating system's

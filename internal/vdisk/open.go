@@ -44,8 +44,8 @@ func Open(ctx context.Context, path string, o Options) (_ *Disk, err error) {
 			return nil, fmt.Errorf("opening a disk: %w", err)
 		}
 	}
-	if o.Disk != uuid.Nil && o.Disk != d.desc.UUID() {
-		return nil, &Error{Kind: ErrTampered, File: path, Why: fmt.Sprintf("it describes disk %s, and disk %s should be here", d.desc.UUID(), o.Disk), Fix: "attach the right disk, or restore this descriptor from a backup"}
+	if o.UUID != uuid.Nil && o.UUID != d.desc.UUID() {
+		return nil, &Error{Kind: ErrTampered, File: path, Why: fmt.Sprintf("it describes disk %s, and disk %s should be here", d.desc.UUID(), o.UUID), Fix: "attach the right disk, or restore this descriptor from a backup"}
 	}
 	need := d.size
 	if _, encrypted := d.desc.Encryption(); encrypted {

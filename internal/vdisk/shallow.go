@@ -30,7 +30,7 @@ func (d *Disk) ShallowRecrypt(ctx context.Context, to keysafe.KeyID) error {
 		return nil
 	}
 	b := binding(d.opts.VM, d.desc.UUID())
-	both, err := enc.KeySafe.Rewrap(nil, b, d.opts.KEKs, to)
+	both, err := enc.KeySafe.Rewrap(d.opts.Random, b, d.opts.KEKs, to)
 	if err != nil {
 		return unwrapError(d.path, "encryption.keySafe", err)
 	}

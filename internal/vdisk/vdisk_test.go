@@ -198,11 +198,11 @@ func TestCreateRefusesAndRepeats(t *testing.T) {
 	if err := Create(t.Context(), path, w.spec(1<<20, kekA)); !errors.Is(err, ErrExists) {
 		t.Fatalf("over an extent with data: %v", err)
 	}
-	if err := Remove(t.Context(), path); err != nil {
+	if err := Delete(t.Context(), path); err != nil {
 		t.Fatal(err)
 	}
 	if left, _ := os.ReadDir(filepath.Dir(path)); len(left) > 0 {
-		t.Fatalf("Remove left %v", left)
+		t.Fatalf("Delete left %v", left)
 	}
 	create(t, path, w.spec(1<<20, kekA))
 	ctx, cancel := context.WithCancel(t.Context())
