@@ -159,6 +159,24 @@ func (f *fake) count(op kmip.Operation) (n int) {
 	return n
 }
 
+func (f *fake) connections() int {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	return f.accepted
+}
+
+// A clock stands still until it is advanced.
+type clock struct {
+	mu  sync.Mutex
+	now time.Time
+}
+
+func newClock() *clock { return &clock{now: time.Now()} }
+
+func (c *clock) read() time.Time { c.mu.Lock(); defer c.mu.Unlock(); return c.now }
+
+func (c *clock) advance(d time.Duration) { c.mu.Lock(); defer c.mu.Unlock(); c.now = c.now.Add(d) }
+
 func (f *fake) endpoint(name string) Endpoint {
 	return Endpoint{Name: name, Address: f.l.Addr().String(), Pins: [][sha256.Size]byte{sha256.Sum256(f.cert.Raw)}}
 }

@@ -177,8 +177,8 @@ func TestLife(t *testing.T) {
 			t.Error("another key came back")
 		}
 	})
-	if f.accepted != 1 {
-		t.Errorf("%d connections for requests one after the other", f.accepted)
+	if n := f.connections(); n != 1 {
+		t.Errorf("%d connections for requests one after the other", n)
 	}
 }
 
@@ -213,8 +213,8 @@ func TestBadNamesAreNotSent(t *testing.T) {
 			}
 		}
 	}
-	if len(f.requests) != 0 {
-		t.Errorf("sent %v", f.requests)
+	if n := f.connections(); n != 0 {
+		t.Errorf("%d connections were made", n)
 	}
 }
 
@@ -226,8 +226,8 @@ func TestPin(t *testing.T) {
 	if !errors.Is(err, ErrCertificateChanged) || !errors.As(err, &changed) || !changed.Certificate.Equal(f.cert) || !strings.Contains(err.Error(), pki.Thumbprint(f.cert)) {
 		t.Errorf("%v", err)
 	}
-	if len(f.requests) != 0 {
-		t.Errorf("an unconfirmed server was sent %v", f.requests)
+	if n := f.count(kmip.OperationDiscoverVersions); n != 0 {
+		t.Errorf("an unconfirmed server was sent %d requests", n)
 	}
 	st := c.Servers()[0].Status(ctx(t))
 	if st.Reachable || !st.Certificate.Equal(f.cert) || !errors.Is(st.Err, ErrCertificateChanged) {
@@ -259,7 +259,8 @@ func TestClientRefused(t *testing.T) {
 
 func TestDeadIdleConnections(t *testing.T) {
 	f := startFake(t, newStore())
-	c := connect(t, nil, nil, f)
+	now := newClock()
+	c := connect(t, nil, func(cfg *Config) { cfg.Now = now.read }, f)
 	id := create(t, c, "a")
 	f.closeConns()
 	waitGone(t, f)
@@ -272,10 +273,10 @@ func TestDeadIdleConnections(t *testing.T) {
 	if f.count(kmip.OperationCreate) != 2 {
 		t.Errorf("%d creates arrived", f.count(kmip.OperationCreate))
 	}
-	old := f.accepted
-	c.cfg.Now = func() time.Time { return time.Now().Add(time.Hour) } // past the idle time
-	if _, err := c.Get(ctx(t), id); err != nil || f.accepted != old+1 {
-		t.Errorf("a connection idle for an hour: %v, %d connections", err, f.accepted-old)
+	old := f.connections()
+	now.advance(time.Hour) // past the idle time
+	if _, err := c.Get(ctx(t), id); err != nil || f.connections() != old+1 {
+		t.Errorf("a connection idle for an hour: %v, %d connections", err, f.connections()-old)
 	}
 }
 
@@ -350,14 +351,12 @@ func TestFailover(t *testing.T) {
 	store := newStore()
 	a, b := startFake(t, store), startFake(t, store)
 	var log lockedBuffer
-	c := connect(t, &log, nil, a, b)
+	now := newClock()
+	c := connect(t, &log, func(cfg *Config) { cfg.Now = now.read }, a, b)
 	id := create(t, c, "x")
-	if a.count(kmip.OperationCreate) != 1 || b.accepted != 0 {
+	if a.count(kmip.OperationCreate) != 1 || b.connections() != 0 {
 		t.Error("the first server is not preferred")
 	}
-	now := time.Now()
-	var mu sync.Mutex
-	c.cfg.Now = func() time.Time { mu.Lock(); defer mu.Unlock(); return now }
 
 	addr := a.l.Addr().String()
 	a.stop()
@@ -389,9 +388,7 @@ func TestFailover(t *testing.T) {
 			conn.Close()
 		}
 	}()
-	mu.Lock()
-	now = now.Add(minRest + time.Second)
-	mu.Unlock()
+	now.advance(minRest + time.Second)
 	if _, err := c.Get(ctx(t), id); err != nil {
 		t.Fatal(err)
 	}
@@ -485,7 +482,8 @@ func TestSlowHandshakeRaisesNoAlarm(t *testing.T) {
 
 func TestHangingServer(t *testing.T) {
 	f := startFake(t, newStore())
-	c := connect(t, nil, func(cfg *Config) { cfg.RequestTimeout = 200 * time.Millisecond }, f)
+	quick := func(cfg *Config) { cfg.RequestTimeout = 200 * time.Millisecond }
+	c := connect(t, nil, quick, f)
 	if _, err := c.Query(ctx(t)); err != nil {
 		t.Fatal(err)
 	}
@@ -502,14 +500,14 @@ func TestHangingServer(t *testing.T) {
 		t.Errorf("%v after %v", err, time.Since(begin))
 	}
 	canceled, cancel := context.WithCancel(ctx(t))
-	c.cfg.RequestTimeout = time.Minute
+	c = connect(t, nil, func(cfg *Config) { cfg.RequestTimeout = time.Minute }, f)
 	time.AfterFunc(100*time.Millisecond, cancel)
 	begin = time.Now()
 	if _, err := c.Query(canceled); !errors.Is(err, context.Canceled) || time.Since(begin) > 3*time.Second {
 		t.Errorf("%v after %v", err, time.Since(begin))
 	}
-	if s := c.Servers()[0]; s.failures > 2 {
-		t.Errorf("a caller's cancellation counts as a failure of the server: %d", s.failures)
+	if c.Servers()[0].resting(time.Now()) {
+		t.Error("a caller's cancellation counts as a failure of the server")
 	}
 }
 
@@ -566,11 +564,16 @@ func TestConnectionLimit(t *testing.T) {
 	if most > 3+2 { // those in use, and closed ones that the server has not noticed
 		t.Errorf("%d connections at once", most)
 	}
-	if n := len(c.Servers()[0].idle); n > 2 {
+	s := c.Servers()[0]
+	s.mu.Lock()
+	if n := len(s.idle); n > 2 {
 		t.Errorf("%d idle connections are kept", n)
 	}
+	s.mu.Unlock()
 	// A request that waits for a connection ends with its context.
-	c.Servers()[0].slots = make(chan struct{})
+	for range cap(s.slots) {
+		s.slots <- struct{}{}
+	}
 	canceled, cancel := context.WithCancel(ctx(t))
 	cancel()
 	if _, err := c.Get(canceled, id); !errors.Is(err, context.Canceled) {
@@ -584,7 +587,9 @@ func TestWrongKeys(t *testing.T) {
 	f := startFake(t, newStore())
 	c := connect(t, nil, nil, f)
 	id := create(t, c, "x")
+	f.store.mu.Lock()
 	f.store.keys[id].material = []byte("sixteen byte key")
+	f.store.mu.Unlock()
 	_, err := c.Get(ctx(t), id)
 	if !errors.Is(err, ErrProtocol) || !strings.Contains(err.Error(), "128 bits") {
 		t.Errorf("a key of 16 bytes: %v", err)
