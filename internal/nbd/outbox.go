@@ -68,13 +68,13 @@ func (c *conn) admit(h header) (*request, error) {
 	if r.cost > 0 {
 		r.buf = c.srv.pool.get(r.cost)
 	}
-	if h.cmd == cmdWrite {
-		if r.errno != 0 {
-			return r, c.discard(int(h.n))
-		}
-		return r, c.payload(r.buf.b[:h.n])
+	switch {
+	case h.cmd != cmdWrite || h.n == 0:
+		return r, nil
+	case r.errno != 0:
+		return r, c.discard(int(h.n))
 	}
-	return r, nil
+	return r, c.payload(r.buf.b[:h.n])
 }
 
 // answer queues the reply to r and returns how many wait.

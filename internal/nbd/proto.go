@@ -46,8 +46,8 @@ const (
 	optInfo            option = 6
 	optGo              option = 7
 	optStructuredReply option = 8
-	optListMetaContext option = 10
-	optSetMetaContext  option = 11
+	optListMetaContext option = 9
+	optSetMetaContext  option = 10
 )
 
 const (

@@ -146,14 +146,14 @@ func (s *Server) draining() bool {
 }
 
 // Serve accepts connections from l until ctx ends or the server is shut down,
-// and closes l. It returns nil after Shutdown. The end of ctx cuts every
-// connection of the server.
+// and closes l. It returns nil when the server is shut down, before or during
+// it. The end of ctx cuts every connection of the server.
 func (s *Server) Serve(ctx context.Context, l net.Listener) error {
 	defer func() { _ = l.Close() }() // it may be closed already
 	s.mu.Lock()
 	if s.shut {
 		s.mu.Unlock()
-		return errShutdown
+		return nil
 	}
 	s.listeners[l] = true
 	s.mu.Unlock()
