@@ -103,7 +103,7 @@ func TestNbdinfo(t *testing.T) {
 }
 
 func TestNbdcopy(t *testing.T) {
-	disk := sparseDisk(t, 64<<20)
+	disk := sparseDisk(t, 32<<20)
 	_, _, path := serve(t, disk, Options{}, false)
 	for _, args := range [][]string{
 		{"--connections=1", "--synchronous"},
@@ -116,7 +116,7 @@ func TestNbdcopy(t *testing.T) {
 		if !bytes.Equal(readFile(t, out), disk.all()) {
 			t.Errorf("%v: the copy differs", args)
 		}
-		target := randomDisk(t, 64<<20)
+		target := randomDisk(t, 32<<20)
 		_, _, targetPath := serve(t, target, Options{}, false)
 		tool(t, "nbdcopy", append(args, "--flush", out, uri(targetPath, "disk"))...)
 		if !bytes.Equal(target.all(), disk.all()) {
@@ -127,7 +127,7 @@ func TestNbdcopy(t *testing.T) {
 		}
 	}
 	// From one of our servers to another.
-	target := randomDisk(t, 64<<20)
+	target := randomDisk(t, 32<<20)
 	_, _, targetPath := serve(t, target, Options{}, false)
 	tool(t, "nbdcopy", "--connections=4", uri(path, "disk"), uri(targetPath, "disk"))
 	if !bytes.Equal(target.all(), disk.all()) {
