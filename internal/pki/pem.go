@@ -11,6 +11,7 @@ import (
 	"io/fs"
 	"os"
 	"path/filepath"
+	"syscall"
 
 	"mortise/internal/secret"
 )
@@ -218,7 +219,7 @@ func SaveCertificates(path string, chain ...*x509.Certificate) error {
 }
 
 func readPEM(path string, private bool) ([]byte, error) {
-	f, err := os.Open(path)
+	f, err := os.OpenFile(path, os.O_RDONLY|syscall.O_NONBLOCK, 0) // opening a FIFO would wait for ever
 	if err != nil {
 		return nil, fmt.Errorf("pki: %w", err)
 	}

@@ -15,6 +15,7 @@ import (
 	"os/exec"
 	"path/filepath"
 	"strings"
+	"syscall"
 	"testing"
 	"time"
 
@@ -285,6 +286,45 @@ func TestFiles(t *testing.T) {
 		if _, _, err := LoadKeyPair(c.cert, c.key); err == nil || !strings.Contains(err.Error(), c.want) {
 			t.Errorf("%s: %v, want an error with %q", name, err, c.want)
 		}
+	}
+}
+
+// TestLoadOrMakeKey: whoever asks twice for a certificate asks for the same key,
+// and a key file that cannot be used is never replaced.
+func TestLoadOrMakeKey(t *testing.T) {
+	path := filepath.Join(t.TempDir(), "request.key")
+	key := must(LoadOrMakeKey(path))(t)
+	if again := must(LoadOrMakeKey(path))(t); !samePublicKey(again.Public(), key.Public()) {
+		t.Error("a second key was made")
+	}
+	if info := must(os.Stat(path))(t); info.Mode() != 0o600 {
+		t.Errorf("mode %v", info.Mode())
+	}
+	if err := os.Chmod(path, 0o644); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := LoadOrMakeKey(path); err == nil || !strings.Contains(err.Error(), "chmod 0600") {
+		t.Errorf("open to others: %v", err)
+	}
+	damaged := []byte("damaged")
+	if err := os.WriteFile(path, damaged, 0o600); err != nil {
+		t.Fatal(err)
+	}
+	os.Chmod(path, 0o600)
+	if _, err := LoadOrMakeKey(path); err == nil || !strings.Contains(err.Error(), path) {
+		t.Errorf("damaged: %v", err)
+	}
+	if text := must(os.ReadFile(path))(t); !bytes.Equal(text, damaged) {
+		t.Error("the damaged file was replaced")
+	}
+	if err := os.Remove(path); err != nil {
+		t.Fatal(err)
+	}
+	if err := syscall.Mkfifo(path, 0o600); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := LoadOrMakeKey(path); err == nil || !strings.Contains(err.Error(), "not a regular file") {
+		t.Errorf("FIFO: %v", err)
 	}
 }
 

@@ -12,6 +12,7 @@ import (
 	"os"
 	"path/filepath"
 	"strings"
+	"syscall"
 
 	"filippo.io/age"
 	"filippo.io/age/armor"
@@ -92,7 +93,7 @@ func Create(path string, passphrase *secret.Key, workFactor int) (*Key, error) {
 // Open opens the root key in the file at path. Its errors match
 // ErrWrongPassphrase, ErrDamaged, ErrNewer or those of the file system.
 func Open(path string, passphrase *secret.Key) (*Key, error) {
-	f, err := os.Open(path)
+	f, err := os.OpenFile(path, os.O_RDONLY|syscall.O_NONBLOCK, 0) // opening a FIFO would wait for ever
 	if err != nil {
 		return nil, fmt.Errorf("rootkey: opening the sealed root key: %w", err)
 	}

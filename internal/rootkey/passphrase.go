@@ -7,6 +7,7 @@ import (
 	"io"
 	"os"
 	"path/filepath"
+	"syscall"
 
 	"mortise/internal/secret"
 )
@@ -57,7 +58,7 @@ func FindPassphrase(from PassphraseSource, getenv func(string) string) (*secret.
 // that nobody but its owner can read or write. One newline at the end is not
 // part of it.
 func ReadPassphrase(path string) (*secret.Key, error) {
-	f, err := os.Open(path)
+	f, err := os.OpenFile(path, os.O_RDONLY|syscall.O_NONBLOCK, 0) // opening a FIFO would wait for ever
 	if err != nil {
 		return nil, fmt.Errorf("rootkey: opening the passphrase file: %w", err)
 	}
