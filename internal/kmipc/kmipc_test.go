@@ -68,7 +68,7 @@ func TestPyKMIP(t *testing.T) {
 	if err := errors.Join(pki.SaveKeyPair(path("server.pem"), []*x509.Certificate{serverC}, serverKey), pki.SaveCertificates(path("client.pem"), clientC)); err != nil {
 		t.Fatal(err)
 	}
-	addr := kmipctest.Start(t, kmipctest.Files{Certificate: path("server.pem"), Key: path("server.pem"), ClientCA: path("client.pem"), Database: path("db")})
+	addr := kmipctest.Start(t, kmipctest.Files{Certificate: path("server.pem"), Key: path("server.pem"), ClientCA: path("client.pem"), Database: path("db")}).Address
 
 	chain, thumb, err := FetchServerCertificate(ctx(t), addr)
 	if err != nil || !chain[0].Equal(serverC) || thumb != pki.Thumbprint(serverC) {

@@ -27,6 +27,15 @@ type Status struct {
 	ClientExpires   time.Time // when our own certificate there ends
 }
 
+// Thumbprint is the SHA-256 of the certificate that the server showed, in
+// vSphere's form; empty if it showed none.
+func (s Status) Thumbprint() string {
+	if s.Certificate == nil {
+		return ""
+	}
+	return thumbprint(s.Certificate)
+}
+
 // Status connects afresh, whatever connections are kept, as vCenter's health
 // check does. A first failure is tried once more at once.
 func (s *Server) Status(ctx context.Context) Status {

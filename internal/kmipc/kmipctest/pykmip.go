@@ -24,22 +24,29 @@ type Files struct {
 	Database         string
 }
 
-// Start runs a PyKMIP server until the test ends and returns its address.
-func Start(t testing.TB, f Files) (address string) {
+// A Server is a PyKMIP server. It may be stopped and started again.
+type Server struct {
+	Address string
+
+	config, log string
+	process     *exec.Cmd
+	ended       chan struct{}
+}
+
+// Start runs a PyKMIP server until the test ends.
+func Start(t testing.TB, f Files) *Server {
 	t.Helper()
-	const python = "/usr/bin/python3"
 	if err := exec.Command(python, "-c", "import kmip.services.server").Run(); err != nil {
 		t.Fatalf("PyKMIP is missing (install Debian's python3-pykmip): %v", err)
 	}
 	dir := t.TempDir()
+	s := &Server{Address: freeAddress(t), config: filepath.Join(dir, "server.conf"), log: filepath.Join(dir, "server.log")}
+	_, port, _ := net.SplitHostPort(s.Address)
 	policies := filepath.Join(dir, "policies")
 	if err := os.Mkdir(policies, 0o700); err != nil {
 		t.Fatal(err)
 	}
-	address = freeAddress(t)
-	_, port, _ := net.SplitHostPort(address)
-	config := filepath.Join(dir, "server.conf")
-	if err := os.WriteFile(config, fmt.Appendf(nil, `[server]
+	if err := os.WriteFile(s.config, fmt.Appendf(nil, `[server]
 hostname=127.0.0.1
 port=%s
 certificate_path=%s
@@ -53,44 +60,55 @@ database_path=%s
 `, port, f.Certificate, f.Key, f.ClientCA, policies, f.Database), 0o600); err != nil {
 		t.Fatal(err)
 	}
-	log := filepath.Join(dir, "server.log")
-	cmd := exec.Command(python, "-W", "ignore", "-c", "from kmip.services.server import server; server.main()", "-f", config, "-l", log)
-	out, err := os.Create(filepath.Join(dir, "output"))
+	s.Start(t)
+	t.Cleanup(func() {
+		s.Stop(t)
+		if t.Failed() {
+			text, _ := os.ReadFile(s.log)
+			t.Logf("PyKMIP's log:\n%s", tail(text, 4000))
+		}
+	})
+	return s
+}
+
+const python = "/usr/bin/python3"
+
+// Start starts a stopped server and waits until it listens.
+func (s *Server) Start(t testing.TB) {
+	t.Helper()
+	out, err := os.OpenFile(s.log, os.O_CREATE|os.O_APPEND|os.O_WRONLY, 0o600)
 	if err != nil {
 		t.Fatal(err)
 	}
 	defer out.Close()
+	cmd := exec.Command(python, "-W", "ignore", "-c", "from kmip.services.server import server; server.main()", "-f", s.config, "-l", s.log)
 	cmd.Stdout, cmd.Stderr = out, out
-	cmd.SysProcAttr = &syscall.SysProcAttr{Setpgid: true, Pdeathsig: syscall.SIGKILL} // its helper processes end with it
+	cmd.SysProcAttr = &syscall.SysProcAttr{Setpgid: true} // its helper processes end with it
 	if err := cmd.Start(); err != nil {
 		t.Fatalf("starting PyKMIP: %v", err)
 	}
-	ended := make(chan error, 1)
-	go func() { ended <- cmd.Wait() }()
-	t.Cleanup(func() {
-		syscall.Kill(-cmd.Process.Pid, syscall.SIGKILL)
-		<-ended
-		if t.Failed() {
-			text, _ := os.ReadFile(log)
-			t.Logf("PyKMIP's log:\n%s", tail(text, 4000))
-		}
-	})
-	for deadline := time.Now().Add(60 * time.Second); ; time.Sleep(50 * time.Millisecond) {
-		if c, err := net.Dial("tcp", address); err == nil {
+	s.process, s.ended = cmd, make(chan struct{})
+	go func() { cmd.Wait(); close(s.ended) }()
+	for deadline := time.Now().Add(60 * time.Second); ; time.Sleep(20 * time.Millisecond) {
+		if c, err := net.Dial("tcp", s.Address); err == nil {
 			c.Close()
-			return address
+			return
 		}
 		select {
-		case err := <-ended:
-			ended <- err
-			text, _ := os.ReadFile(out.Name())
-			t.Fatalf("PyKMIP ended: %v\n%s", err, tail(text, 4000))
+		case <-s.ended:
+			t.Fatal("PyKMIP ended")
 		default:
 		}
 		if time.Now().After(deadline) {
 			t.Fatal("PyKMIP does not listen after 60 s")
 		}
 	}
+}
+
+// Stop kills the server.
+func (s *Server) Stop(testing.TB) {
+	syscall.Kill(-s.process.Process.Pid, syscall.SIGKILL)
+	<-s.ended
 }
 
 func tail(b []byte, n int) []byte { return b[max(0, len(b)-n):] }
