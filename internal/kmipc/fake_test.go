@@ -338,7 +338,7 @@ func clientCert(t testing.TB) tls.Certificate {
 // if that is not nil.
 func connect(t testing.TB, log io.Writer, change func(*Config), fakes ...*fake) *Client {
 	t.Helper()
-	cfg := Config{Certificate: clientCert(t), HandshakeTimeout: 2 * time.Second, RequestTimeout: 2 * time.Second}
+	cfg := Config{Certificate: clientCert(t), HandshakeTimeout: 10 * time.Second, RequestTimeout: 10 * time.Second}
 	if log != nil {
 		cfg.Log = slog.New(slog.NewTextHandler(log, nil))
 	}
