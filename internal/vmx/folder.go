@@ -1,0 +1,261 @@
+package vmx
+
+import (
+	"context"
+	"errors"
+	"os"
+	"path/filepath"
+	"strings"
+
+	"github.com/google/uuid"
+
+	"mortise/internal/hostapi"
+	"mortise/internal/keysafe"
+	"mortise/internal/vdisk"
+	"mortise/internal/vmxfile"
+)
+
+// Inspect reads a VM's folder. It needs no key, takes no lock and changes
+// nothing; what it says of encryption is what the files claim, and is proven only
+// when the VM is opened.
+func Inspect(path string) (*hostapi.VMInfo, error) {
+	f, err := loadVMX(path)
+	if err != nil {
+		return nil, err
+	}
+	id, err := vmUUID(f)
+	if err != nil {
+		return nil, err
+	}
+	info := &hostapi.VMInfo{Ref: &hostapi.VMRef{Uuid: id.String()}, Name: f.String("displayName", baseName(path))}
+	if info.Hardware, err = readHardware(f); err != nil {
+		return nil, faultOf(err)
+	}
+	switch safe, err := keysafe.ReadSafe(f); {
+	case err == nil:
+		info.Encrypted = true
+		info.Key = keyID(safe)
+		n, err := f.Int(keysafe.GenerationEntry, 0)
+		if err != nil {
+			info.Problems = append(info.Problems, err.Error())
+		}
+		info.Epoch = uint64(max(n, 0))
+	case errors.Is(err, keysafe.ErrNotEncrypted):
+	case errors.As(err, new(*keysafe.ForeignError)):
+		return nil, faultOf(err) // I6: only VMware's products open it
+	default:
+		info.Encrypted = true
+		info.Problems = append(info.Problems, err.Error())
+	}
+	slots, err := diskSlots(f)
+	if err != nil {
+		return nil, faultOf(err)
+	}
+	for _, s := range slots {
+		info.Disks = append(info.Disks, inspectDisk(path, s))
+	}
+	info.SizeBytes = folderSize(filepath.Dir(path))
+	return info, nil
+}
+
+func inspectDisk(vmxPath string, s slot) *hostapi.DiskInfo {
+	path, err := diskPath(vmxPath, s.file)
+	if err != nil {
+		return &hostapi.DiskInfo{Key: s.key, Path: s.file, Controller: s.controller, Problem: err.Error()}
+	}
+	d := InspectDisk(path)
+	d.Key, d.Path, d.Controller = s.key, s.file, s.controller
+	return d
+}
+
+// InspectDisk reads a disk's files as Inspect reads a VM's; what is wrong with
+// them is in Problem.
+func InspectDisk(path string) *hostapi.DiskInfo {
+	d := &hostapi.DiskInfo{}
+	info, err := vdisk.Describe(path)
+	if err != nil {
+		d.Problem = err.Error()
+		return d
+	}
+	d.Uuid, d.CapacityBytes, d.AllocatedBytes = info.UUID.String(), info.Size, info.Allocated
+	d.Encrypted, d.Epoch, d.Cipher = info.Encrypted, info.Epoch, info.Cipher
+	d.KeyId = lastKey(info.Keys)
+	if info.Conversion != vdisk.NotConverting {
+		d.Conversion, d.BoundaryBytes = info.Conversion.String(), info.Boundary
+		d.TargetKeyId = lastKey(info.TargetKeys)
+	}
+	return d
+}
+
+// RequiredKeys lists the KEKs that open the VM: for each key safe, first that of
+// the VMX, the KEKs of which any one will do.
+func RequiredKeys(path string) (safes [][]keysafe.KeyID, err error) {
+	f, err := loadVMX(path)
+	if err != nil {
+		return nil, err
+	}
+	add := func(ids []keysafe.KeyID) {
+		if len(ids) > 0 {
+			safes = append(safes, ids)
+		}
+	}
+	switch safe, err := keysafe.ReadSafe(f); {
+	case err == nil:
+		add(safe.KeyIDs())
+	case !errors.Is(err, keysafe.ErrNotEncrypted):
+		return nil, faultOf(err)
+	}
+	slots, err := diskSlots(f)
+	if err != nil {
+		return nil, faultOf(err)
+	}
+	for _, s := range slots {
+		p, err := diskPath(path, s.file)
+		if err != nil {
+			return nil, err
+		}
+		info, err := vdisk.Describe(p)
+		if err != nil {
+			continue // opening it says what is wrong
+		}
+		add(info.Keys)
+		add(info.TargetKeys)
+	}
+	return safes, nil
+}
+
+// Delete removes a powered-off VM's files: its VMX last, so that what an
+// interrupted call leaves can be deleted again. Files that are not the VM's stay
+// and are named. A disk that another process has open is refused.
+func Delete(path string) (left []string, err error) {
+	f, err := loadVMX(path)
+	if err != nil {
+		return nil, err
+	}
+	dir := filepath.Dir(path)
+	slots, err := diskSlots(f)
+	if err != nil {
+		return nil, faultOf(err)
+	}
+	for _, s := range slots {
+		p, err := diskPath(path, s.file)
+		if err != nil {
+			return nil, err
+		}
+		if err := vdisk.Delete(context.Background(), p); err != nil && !errors.Is(err, vdisk.ErrMissing) {
+			return nil, faultOf(err)
+		}
+	}
+	base := strings.TrimSuffix(filepath.Base(path), ".vmx")
+	mine := []string{base + ".vmsd", "vmware.log", filepath.Base(path) + vmxfile.LockSuffix}
+	for _, n := range fileNames(f, base) {
+		mine = append(mine, n, n+newEncrypted, n+newPlain)
+	}
+	for _, n := range append(mine, filepath.Base(path)) {
+		if err := os.Remove(filepath.Join(dir, n)); err != nil && !errors.Is(err, os.ErrNotExist) {
+			return nil, err
+		}
+	}
+	rest, err := os.ReadDir(dir)
+	if err != nil {
+		return nil, err
+	}
+	for _, e := range rest {
+		left = append(left, e.Name())
+	}
+	if len(left) == 0 {
+		return nil, os.Remove(dir)
+	}
+	return left, nil
+}
+
+func loadVMX(path string) (*vmxfile.File, error) {
+	f, err := vmxfile.Load(path)
+	if err != nil {
+		return nil, faultOf(err)
+	}
+	return f, nil
+}
+
+// diskPath is where a VMX's disk is. Disks stand in the VM's folder: a VMX from
+// elsewhere must not make a vmx open a file of another VM.
+func diskPath(vmxPath, file string) (string, error) {
+	if file != filepath.Base(file) || file == "." || file == ".." {
+		return "", hostapi.Faultf(hostapi.Fault_NOT_SUPPORTED, "%s: disk %q is not in the VM's folder: move it there, or import it with 'mortise vm import'", vmxPath, file)
+	}
+	return filepath.Join(filepath.Dir(vmxPath), file), nil
+}
+
+func baseName(path string) string { return strings.TrimSuffix(filepath.Base(path), ".vmx") }
+
+// fileNames lists the VM's files, besides disks, that hold guest data (E1).
+func fileNames(f *vmxfile.File, base string) []string {
+	return []string{filepath.Base(f.String("nvram", base+".nvram"))}
+}
+
+func folderSize(dir string) (n int64) {
+	entries, _ := os.ReadDir(dir)
+	for _, e := range entries {
+		n += allocated(filepath.Join(dir, e.Name()))
+	}
+	return n
+}
+
+func keyID(s keysafe.Safe) *hostapi.KeyID { return lastKey(s.KeyIDs()) }
+
+// lastKey is the KEK that counts: during a shallow recrypt the new one is last.
+func lastKey(ids []keysafe.KeyID) *hostapi.KeyID {
+	if len(ids) == 0 {
+		return nil
+	}
+	id := ids[len(ids)-1]
+	return &hostapi.KeyID{Provider: id.Provider, Key: id.Key}
+}
+
+func fromWire(id *hostapi.KeyID) keysafe.KeyID {
+	return keysafe.KeyID{Provider: id.GetProvider(), Key: id.GetKey()}
+}
+
+func parseUUID(what, s string) (uuid.UUID, error) {
+	u, err := uuid.Parse(s)
+	if err != nil || len(s) != 36 || u == uuid.Nil {
+		return uuid.Nil, hostapi.Faultf(hostapi.Fault_INVALID, "%s: %q is no UUID", what, s)
+	}
+	return u, nil
+}
+
+// faultOf gives an error of the lower packages its kind on the wire.
+func faultOf(err error) error {
+	if err == nil || errors.As(err, new(*hostapi.FaultError)) {
+		return err
+	}
+	fault := &hostapi.Fault{}
+	var keys *keysafe.KeysRequiredError
+	var file *vdisk.Error
+	if errors.As(err, &file) {
+		fault.File = file.File
+	}
+	switch {
+	case errors.As(err, &keys):
+		fault.Kind = hostapi.Fault_MISSING_KEYS
+		for _, id := range keys.Required {
+			fault.Missing = append(fault.Missing, &hostapi.KeyID{Provider: id.Provider, Key: id.Key})
+		}
+	case errors.Is(err, vdisk.ErrInUse):
+		fault.Kind = hostapi.Fault_IN_USE
+	case errors.Is(err, os.ErrNotExist), errors.Is(err, vdisk.ErrMissing):
+		fault.Kind = hostapi.Fault_NOT_FOUND
+	case errors.Is(err, vdisk.ErrExists):
+		fault.Kind = hostapi.Fault_EXISTS
+	case isNoSpace(err):
+		fault.Kind = hostapi.Fault_NO_SPACE
+	case errors.As(err, new(*keysafe.ForeignError)), errors.Is(err, vdisk.ErrUnsupported):
+		fault.Kind = hostapi.Fault_NOT_SUPPORTED
+	case errors.As(err, new(*keysafe.TamperedError)), errors.As(err, new(*keysafe.MissingError)), errors.As(err, new(*keysafe.StaleError)),
+		errors.Is(err, vdisk.ErrTampered), errors.Is(err, vdisk.ErrNotEncrypted), errors.Is(err, vdisk.ErrStale), errors.Is(err, vdisk.ErrState), errors.Is(err, vdisk.ErrShort):
+		fault.Kind = hostapi.Fault_TAMPERED
+	case errors.As(err, new(*vmxfile.Error)):
+		fault.Kind = hostapi.Fault_INVALID
+	}
+	return &hostapi.FaultError{Fault: fault, Err: err}
+}

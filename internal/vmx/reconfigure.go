@@ -1,0 +1,378 @@
+package vmx
+
+import (
+	"context"
+	"fmt"
+	"path/filepath"
+
+	"github.com/google/uuid"
+
+	"mortise/internal/hostapi"
+	"mortise/internal/keysafe"
+	"mortise/internal/vdisk"
+	"mortise/internal/vmxfile"
+)
+
+// A report tells how far a change is.
+type report func(stage string, done, total int64)
+
+// reconfigure makes the changes of r, in an order in which each step leaves a VM
+// that opens: hardware, VM files encrypted, disks, VM files decrypted. A call
+// that was interrupted is repeated as it was; steps that are done are passed
+// over. serving says that a guest uses the disks, through live.
+func (v *vm) reconfigure(ctx context.Context, r *hostapi.ReconfigureVMRequest, live map[uuid.UUID]*vdisk.Disk, tell report) error {
+	if err := v.checkChange(r, live); err != nil {
+		return err
+	}
+	if r.Hardware != nil || r.Name != "" {
+		err := v.edit(func(f *vmxfile.File, _ *keysafe.Bundle) error {
+			if r.Name != "" {
+				if err := f.Set("displayName", r.Name); err != nil {
+					return err
+				}
+			}
+			if r.Hardware == nil {
+				return nil
+			}
+			return writeHardware(f, r.Hardware)
+		})
+		if err != nil {
+			return err
+		}
+	}
+	if k := r.Home.GetKind(); k != hostapi.CryptoChange_NONE && k != hostapi.CryptoChange_DECRYPT {
+		tell("VM files: "+verbs[k], 0, 0)
+		if err := v.changeHome(k, fromWire(r.Home.Key)); err != nil {
+			return err
+		}
+	}
+	for i, d := range r.AddDisks {
+		tell(fmt.Sprintf("adding disk %d of %d", i+1, len(r.AddDisks)), 0, 0)
+		if err := v.addNewDisk(ctx, d); err != nil {
+			return err
+		}
+	}
+	for _, d := range r.AttachDisks {
+		if err := v.attachDisk(ctx, d); err != nil {
+			return err
+		}
+	}
+	for i, d := range r.Disks {
+		stage := fmt.Sprintf("%s disk %d of %d", verbs[d.Change.GetKind()], i+1, len(r.Disks))
+		tell(stage, 0, 0)
+		id, err := parseUUID("a disk", d.DiskUuid)
+		if err != nil {
+			return err
+		}
+		if err := v.changeDisk(ctx, id, d.Change, live[id], func(done, total int64) { tell(stage, done, total) }); err != nil {
+			return err
+		}
+	}
+	for _, id := range r.RemoveDiskUuids {
+		if err := v.dropDisk(id, r.DeleteRemoved); err != nil {
+			return err
+		}
+	}
+	if r.Home.GetKind() == hostapi.CryptoChange_DECRYPT {
+		tell("VM files: decrypting", 0, 0)
+		return v.decryptHome()
+	}
+	return nil
+}
+
+var verbs = map[hostapi.CryptoChange_Kind]string{
+	hostapi.CryptoChange_ENCRYPT:         "encrypting",
+	hostapi.CryptoChange_DECRYPT:         "decrypting",
+	hostapi.CryptoChange_SHALLOW_RECRYPT: "shallow recrypt of",
+	hostapi.CryptoChange_DEEP_RECRYPT:    "deep recrypt of",
+}
+
+// checkChange refuses, before anything is changed, what would end in a VM that
+// is not allowed (E6) or cannot be done now.
+func (v *vm) checkChange(r *hostapi.ReconfigureVMRequest, live map[uuid.UUID]*vdisk.Disk) error {
+	f, err := loadVMX(v.path)
+	if err != nil {
+		return err
+	}
+	b, err := v.open(f)
+	if err != nil {
+		return err
+	}
+	defer b.Wipe()
+	disks, err := v.members(f, b)
+	if err != nil {
+		return err
+	}
+	final := b != nil
+	switch r.Home.GetKind() {
+	case hostapi.CryptoChange_ENCRYPT:
+		final = true
+	case hostapi.CryptoChange_DECRYPT:
+		final = false
+	case hostapi.CryptoChange_SHALLOW_RECRYPT, hostapi.CryptoChange_DEEP_RECRYPT:
+		if b == nil {
+			return hostapi.Faultf(hostapi.Fault_INVALID, "%s is not encrypted: encrypt it instead of recrypting it", v.path)
+		}
+	}
+	changes := map[uuid.UUID]hostapi.CryptoChange_Kind{}
+	for _, d := range r.Disks {
+		id, err := parseUUID("a disk", d.DiskUuid)
+		if err != nil {
+			return err
+		}
+		if _, twice := changes[id]; twice {
+			return hostapi.Faultf(hostapi.Fault_INVALID, "disk %s is named twice", id)
+		}
+		changes[id] = d.Change.GetKind()
+	}
+	removed := map[string]bool{}
+	for _, id := range r.RemoveDiskUuids {
+		removed[id] = true
+	}
+	for _, m := range disks {
+		kind := changes[m.id]
+		delete(changes, m.id)
+		encrypted := m.info.Encrypted
+		switch kind {
+		case hostapi.CryptoChange_ENCRYPT:
+			encrypted = true
+		case hostapi.CryptoChange_DECRYPT:
+			encrypted = false
+		case hostapi.CryptoChange_SHALLOW_RECRYPT, hostapi.CryptoChange_DEEP_RECRYPT:
+			if !m.info.Encrypted {
+				return hostapi.Faultf(hostapi.Fault_INVALID, "%s is not encrypted: encrypt it instead of recrypting it", m.path)
+			}
+		}
+		if encrypted && !final && !removed[m.id.String()] {
+			return hostapi.Faultf(hostapi.Fault_INVALID, "%s would be encrypted while its VM is not: encrypt the VM too, or decrypt every disk with it (E6)", m.path)
+		}
+	}
+	for id := range changes {
+		return hostapi.Faultf(hostapi.Fault_NOT_FOUND, "%s has no disk %s", v.path, id)
+	}
+	for _, d := range r.AddDisks {
+		if d.KeyId != nil && !final {
+			return hostapi.Faultf(hostapi.Fault_INVALID, "an encrypted disk cannot be added to a VM that is not encrypted: encrypt the VM too (E6)")
+		}
+	}
+	if live == nil {
+		return nil
+	}
+	// Disks change their form under a guest (R2); the files that QEMU has open do
+	// not.
+	if k := r.Home.GetKind(); k != hostapi.CryptoChange_NONE && k != hostapi.CryptoChange_SHALLOW_RECRYPT {
+		return hostapi.Faultf(hostapi.Fault_WRONG_POWER_STATE, "%s the files of VM %s needs it powered off; while it runs, its keys can be shallow recrypted, and its disks changed one by one", verbs[k], v.id)
+	}
+	if len(r.AddDisks)+len(r.AttachDisks)+len(r.RemoveDiskUuids) > 0 {
+		return hostapi.Faultf(hostapi.Fault_WRONG_POWER_STATE, "disks of VM %s are added and removed while it is powered off", v.id)
+	}
+	return nil
+}
+
+// changeDisk does one disk's change. What the bundle says of the disk is never
+// more than what is true: when an encryption begins it says "either", and "must
+// be encrypted" only when that is done; a decryption takes the promise back
+// first (E8).
+func (v *vm) changeDisk(ctx context.Context, id uuid.UUID, c *hostapi.CryptoChange, open *vdisk.Disk, progress func(done, total int64)) error {
+	if c.GetKind() == hostapi.CryptoChange_NONE {
+		return nil
+	}
+	key := fromWire(c.Key)
+	if c.Kind == hostapi.CryptoChange_DECRYPT {
+		if err := v.record(id, false); err != nil {
+			return err
+		}
+	}
+	m, err := v.member(id)
+	if err != nil {
+		return err
+	}
+	if c.Kind == hostapi.CryptoChange_ENCRYPT || c.Kind == hostapi.CryptoChange_DEEP_RECRYPT {
+		if done, err := v.arrived(m, c.Kind, key); err != nil {
+			return err
+		} else if done {
+			return v.record(id, true)
+		}
+	}
+	d := open
+	if d == nil {
+		if d, err = v.openDisk(ctx, m, false); err != nil {
+			return err
+		}
+		defer d.Close()
+	}
+	// Epochs only grow, over decryptions too: the bundle remembers the last one.
+	target := vdisk.Target{Key: key, Epoch: max(m.recorded, m.info.Epoch) + 1}
+	switch c.Kind {
+	case hostapi.CryptoChange_SHALLOW_RECRYPT:
+		err = d.ShallowRecrypt(ctx, key)
+	case hostapi.CryptoChange_DECRYPT:
+		target = vdisk.Target{Kind: vdisk.Decrypting}
+	case hostapi.CryptoChange_ENCRYPT:
+		target.Kind = vdisk.Encrypting
+		if m.info.Conversion == vdisk.Encrypting {
+			target.Epoch = m.info.Epoch
+		}
+	case hostapi.CryptoChange_DEEP_RECRYPT:
+		target.Kind = vdisk.Recrypting
+	default:
+		return hostapi.Faultf(hostapi.Fault_NOT_SUPPORTED, "change %v is of a newer version: upgrade this host", c.Kind)
+	}
+	if err == nil && target.Kind != vdisk.NotConverting {
+		err = d.Convert(ctx, target, func(p vdisk.Progress) { progress(p.Done, p.Total) })
+	}
+	if err != nil {
+		return faultOf(err)
+	}
+	return v.record(id, c.Kind != hostapi.CryptoChange_DECRYPT)
+}
+
+// arrived tells whether an earlier call with the same change came to its end and
+// only its answer was lost. A deep recrypt to the key that the disk had before is
+// refused: it would look like that and do nothing.
+func (v *vm) arrived(m member, kind hostapi.CryptoChange_Kind, key keysafe.KeyID) (bool, error) {
+	if !m.info.Encrypted || m.info.Conversion != vdisk.NotConverting || len(m.info.Keys) != 1 || m.info.Keys[0] != key {
+		return false, nil
+	}
+	if kind == hostapi.CryptoChange_DEEP_RECRYPT {
+		for _, e := range v.expect.GetDisks() {
+			if e.Uuid == m.id.String() && e.Epoch >= m.info.Epoch {
+				return false, hostapi.Faultf(hostapi.Fault_INVALID, "%s has key %s already: a deep recrypt needs a new one", m.path, key)
+			}
+		}
+	}
+	return true, nil
+}
+
+// member finds a disk of the VM with what must be true of it.
+func (v *vm) member(id uuid.UUID) (member, error) {
+	f, err := loadVMX(v.path)
+	if err != nil {
+		return member{}, err
+	}
+	b, err := v.open(f)
+	if err != nil {
+		return member{}, err
+	}
+	defer b.Wipe()
+	disks, err := v.members(f, b)
+	if err != nil {
+		return member{}, err
+	}
+	for _, m := range disks {
+		if m.id == id {
+			return m, nil
+		}
+	}
+	return member{}, hostapi.Faultf(hostapi.Fault_NOT_FOUND, "%s has no disk %s", v.path, id)
+}
+
+// record writes into the bundle whether a disk must be encrypted, and the epoch
+// that it has.
+func (v *vm) record(id uuid.UUID, encrypted bool) error {
+	return v.edit(func(f *vmxfile.File, b *keysafe.Bundle) error {
+		if b == nil {
+			return nil // nothing is promised of a VM in clear
+		}
+		rec := b.Disks[id]
+		rec.Encrypted = encrypted
+		if encrypted {
+			slots, err := diskSlots(f)
+			if err != nil {
+				return err
+			}
+			for _, s := range slots {
+				p, err := diskPath(v.path, s.file)
+				if err != nil {
+					return err
+				}
+				if info, err := vdisk.Describe(p); err == nil && info.UUID == id {
+					rec.Epoch = max(rec.Epoch, info.Epoch)
+				}
+			}
+		}
+		b.Disks[id] = rec
+		return nil
+	})
+}
+
+func (v *vm) addNewDisk(ctx context.Context, d *hostapi.NewDisk) error {
+	if id, err := parseUUID("the new disk", d.Uuid); err != nil {
+		return err
+	} else if _, err := v.member(id); err == nil {
+		return nil // an earlier call got here
+	}
+	return v.edit(func(f *vmxfile.File, b *keysafe.Bundle) error {
+		return v.addDisk(ctx, f, b, d, 0)
+	})
+}
+
+// attachDisk enters a disk of the VM's folder that exists into VMX and bundle. An
+// encrypted one must open as a disk of this VM.
+func (v *vm) attachDisk(ctx context.Context, a *hostapi.AttachDisk) error {
+	file := filepath.Base(a.Path)
+	if filepath.Base(filepath.Dir(v.path)) != filepath.Base(filepath.Dir(a.Path)) {
+		return hostapi.Faultf(hostapi.Fault_NOT_SUPPORTED, "%s is not in the folder of %s: move it there first, or import it with 'mortise vm import'", a.Path, v.path)
+	}
+	path, err := diskPath(v.path, file)
+	if err != nil {
+		return err
+	}
+	info, err := vdisk.Describe(path)
+	if err != nil {
+		return faultOf(err)
+	}
+	if _, err := v.member(info.UUID); err == nil {
+		return nil // an earlier call got here
+	}
+	d, err := v.openDisk(ctx, member{path: path, id: info.UUID, want: vdisk.Expect{Encrypted: info.Encrypted}}, true)
+	if err != nil {
+		return err
+	}
+	if err := d.Close(); err != nil {
+		return err
+	}
+	return v.edit(func(f *vmxfile.File, b *keysafe.Bundle) error {
+		if info.Encrypted && b == nil {
+			return hostapi.Faultf(hostapi.Fault_INVALID, "%s is encrypted and VM %s is not: encrypt the VM first, or decrypt the disk where it belongs (E6)", path, v.id)
+		}
+		at, err := place(f, a.Controller)
+		if err != nil {
+			return err
+		}
+		if b != nil {
+			b.Disks[info.UUID] = keysafe.DiskRecord{Encrypted: info.Encrypted, Epoch: info.Epoch}
+		}
+		return addDisk(f, at, file)
+	})
+}
+
+// dropDisk takes a disk out of VMX and bundle, then deletes its files if asked.
+func (v *vm) dropDisk(id string, remove bool) error {
+	u, err := parseUUID("a disk", id)
+	if err != nil {
+		return err
+	}
+	var path string
+	err = v.edit(func(f *vmxfile.File, b *keysafe.Bundle) error {
+		slots, err := diskSlots(f)
+		if err != nil {
+			return err
+		}
+		for _, s := range slots {
+			p := filepath.Join(filepath.Dir(v.path), filepath.Base(s.file))
+			if info, err := vdisk.Describe(p); err == nil && info.UUID == u {
+				path = p
+				removeDisk(f, s.controller)
+			}
+		}
+		if b != nil {
+			delete(b.Disks, u)
+		}
+		return nil
+	})
+	if err != nil || !remove || path == "" {
+		return err
+	}
+	return faultOf(vdisk.Delete(context.Background(), path))
+}

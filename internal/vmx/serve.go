@@ -1,0 +1,192 @@
+package vmx
+
+import (
+	"context"
+	"fmt"
+	"log/slog"
+	"net"
+	"path/filepath"
+	"sync"
+	"time"
+
+	"github.com/google/uuid"
+
+	"mortise/internal/hostapi"
+	"mortise/internal/keysafe"
+	"mortise/internal/nbd"
+	"mortise/internal/secret"
+	"mortise/internal/vdisk"
+	"mortise/internal/vmfiles"
+	"mortise/internal/vmxfile"
+)
+
+// An opened VM has its extents locked; with a guest, its disks are served.
+type opened struct {
+	disks map[uuid.UUID]*vdisk.Disk
+	order []member
+	serve *service // nil without a guest
+}
+
+// openAll opens every disk of the VM. The extents' locks are held from here on.
+func (v *vm) openAll(ctx context.Context) (o *opened, err error) {
+	f, err := loadVMX(v.path)
+	if err != nil {
+		return nil, err
+	}
+	b, err := v.open(f)
+	if err != nil {
+		return nil, err
+	}
+	defer b.Wipe()
+	if err := v.settle(f, b); err != nil {
+		return nil, err
+	}
+	all := &opened{disks: map[uuid.UUID]*vdisk.Disk{}}
+	defer func() {
+		if err != nil {
+			_ = all.closeDisks()
+		}
+	}()
+	if all.order, err = v.members(f, b); err != nil {
+		return nil, err
+	}
+	for _, m := range all.order {
+		d, err := v.openDisk(ctx, m, false)
+		if err != nil {
+			return nil, err
+		}
+		all.disks[m.id] = d
+	}
+	return all, nil
+}
+
+func (o *opened) closeDisks() (err error) {
+	for id, d := range o.disks {
+		if cerr := d.Close(); cerr != nil && err == nil {
+			err = cerr
+		}
+		delete(o.disks, id)
+	}
+	return err
+}
+
+// A service is what a running guest sees of its VM: disks on NBD sockets, files
+// in a FUSE mount.
+type service struct {
+	servers []*nbd.Server
+	running sync.WaitGroup
+	stop    context.CancelFunc
+	served  []*hostapi.ServedDisk
+	view    *vmfiles.View // nil when the VM is in clear
+	nvram   string
+}
+
+// A device is a disk as the NBD server wants one: the two count statuses alike
+// and know nothing of each other.
+type device struct{ *vdisk.Disk }
+
+func (d device) BlockStatus(off, n int64, emit func(n int64, s nbd.Status) bool) error {
+	return d.Disk.BlockStatus(off, n, func(n int64, s vdisk.Status) bool { return emit(n, nbd.Status(s)) })
+}
+
+// filesDir is where the clear view of the VM's files is mounted, in the run
+// folder; the host agent unmounts it when this process has ended.
+const filesDir = "files"
+
+// startService serves the opened disks first and the files after: a guest that
+// runs already waits for its disks (design §4 Failure).
+func (v *vm) startService(o *opened, runDir string, log *slog.Logger) (_ *service, err error) {
+	ctx, stop := context.WithCancel(context.Background())
+	s := &service{stop: stop}
+	defer func() {
+		if err != nil {
+			s.end(time.Second)
+		}
+	}()
+	for i, m := range o.order {
+		sock := filepath.Join(runDir, fmt.Sprintf("disk%d.sock", i))
+		l, err := nbd.Listen(sock)
+		if err != nil {
+			return nil, err
+		}
+		srv := nbd.New(nbd.Options{Logger: log.With("disk", m.controller)})
+		s.servers = append(s.servers, srv)
+		if _, err := srv.Add("", device{o.disks[m.id]}, false); err != nil {
+			return nil, err
+		}
+		s.running.Go(func() { serveDisk(ctx, srv, l, log) })
+		s.served = append(s.served, &hostapi.ServedDisk{Uuid: m.id.String(), NbdSocket: sock, Controller: m.controller})
+	}
+	f, err := loadVMX(v.path)
+	if err != nil {
+		return nil, err
+	}
+	name := fileNames(f, baseName(v.path))[0]
+	folder := filepath.Dir(v.path)
+	if keysafe.IsEncrypted(f) {
+		folder = filepath.Join(runDir, filesDir)
+		if s.view, err = v.mountFiles(f, folder, log); err != nil {
+			return nil, err
+		}
+	}
+	if f.String("firmware", "bios") == "efi" {
+		s.nvram = filepath.Join(folder, name)
+	}
+	return s, nil
+}
+
+func serveDisk(ctx context.Context, srv *nbd.Server, l net.Listener, log *slog.Logger) {
+	if err := srv.Serve(ctx, l); err != nil && ctx.Err() == nil {
+		log.Error("a disk's server ended", "error", err)
+	}
+}
+
+// mountFiles shows the VM's encrypted files in clear, to its QEMU only. A new
+// file's DEK is in the bundle on disk before the file's first byte is.
+func (v *vm) mountFiles(f *vmxfile.File, at string, log *slog.Logger) (*vmfiles.View, error) {
+	b, err := v.open(f)
+	if err != nil {
+		return nil, err
+	}
+	defer b.Wipe()
+	keys := map[string]*secret.Key{}
+	for name, k := range b.Files {
+		keys[name] = k
+	}
+	return vmfiles.Mount(vmfiles.Options{
+		Folder: filepath.Dir(v.path), Mount: at, Keys: keys, Log: log,
+		NewKey: func(name string) (*secret.Key, error) {
+			key, err := secret.Random(v.random, keysafe.DEKSize(keysafe.CipherXTS))
+			if err != nil {
+				return nil, err
+			}
+			err = v.edit(func(_ *vmxfile.File, b *keysafe.Bundle) error {
+				kept, err := key.Clone()
+				if err != nil {
+					return err
+				}
+				b.Files[name] = kept
+				return nil
+			})
+			if err != nil {
+				key.Wipe()
+				return nil, err
+			}
+			return key, nil
+		},
+	})
+}
+
+// end answers the requests that were read, then closes the connections.
+func (s *service) end(limit time.Duration) {
+	ctx, cancel := context.WithTimeout(context.Background(), limit)
+	defer cancel()
+	for _, srv := range s.servers {
+		_ = srv.Shutdown(ctx)
+	}
+	s.stop()
+	s.running.Wait()
+	if s.view != nil {
+		_ = s.view.Close()
+	}
+}

@@ -1,0 +1,298 @@
+package vmx
+
+import (
+	"context"
+	"errors"
+	"io"
+	"log/slog"
+	"path/filepath"
+	"sync"
+	"time"
+
+	"github.com/google/uuid"
+	"google.golang.org/grpc"
+
+	"mortise/internal/hostapi"
+	"mortise/internal/nbd"
+	"mortise/internal/vdisk"
+)
+
+// Config is what a vmx process is told on its command line.
+type Config struct {
+	Folder string // of the VM: the path of its VMX
+	RunDir string // for its sockets and the mount of its files
+	Logger *slog.Logger
+}
+
+const controlSocket = "control.sock"
+
+// Run is the whole life of a vmx process: it listens for its host agent until
+// Close is called or ctx ends, and then leaves disks flushed, locks released and
+// keys wiped.
+func Run(ctx context.Context, cfg Config) error {
+	l, err := nbd.Listen(filepath.Join(cfg.RunDir, controlSocket))
+	if err != nil {
+		return err
+	}
+	ctx, stop := context.WithCancel(ctx)
+	defer stop()
+	s := &server{cfg: cfg, log: cfg.Logger, stop: stop, vm: &vm{log: cfg.Logger, path: cfg.Folder}}
+	g := grpc.NewServer(grpc.MaxRecvMsgSize(4 << 20))
+	hostapi.RegisterVMXServer(g, s)
+	done := make(chan error, 1)
+	go func() { done <- g.Serve(l) }()
+	s.log.Info("vmx started", "folder", filepath.Dir(cfg.Folder))
+	select {
+	case err = <-done:
+	case <-ctx.Done():
+		finished := make(chan struct{})
+		go func() { g.GracefulStop(); close(finished) }()
+		select {
+		case <-finished:
+		case <-time.After(5 * time.Second):
+			g.Stop()
+		}
+	}
+	cerr := s.close()
+	s.log.Info("vmx ended")
+	return errors.Join(err, cerr)
+}
+
+// server is the VMX service. One operation runs at a time: op holds a token.
+type server struct {
+	hostapi.UnimplementedVMXServer
+	cfg  Config
+	log  *slog.Logger
+	stop context.CancelFunc
+	op   sync.Mutex // held by whatever opens, changes or closes the VM
+
+	confined bool // by confine, under op
+
+	mu   sync.Mutex // protects what follows; taken inside op
+	vm   *vm
+	open *opened
+}
+
+// Create implements hostapi.VMXServer.
+func (s *server) Create(ctx context.Context, r *hostapi.VMXCreateRequest) (*hostapi.VMInfo, error) {
+	s.op.Lock()
+	defer s.op.Unlock()
+	if err := s.vm.takeKeys(r.Keys); err != nil {
+		return nil, err
+	}
+	if err := s.confine(); err != nil {
+		return nil, err
+	}
+	if err := s.vm.create(ctx, r.Vm); err != nil {
+		return nil, faultOf(err)
+	}
+	return s.vm.describe()
+}
+
+// Open implements hostapi.VMXServer.
+func (s *server) Open(ctx context.Context, r *hostapi.OpenRequest) (*hostapi.VMXStatus, error) {
+	s.op.Lock()
+	defer s.op.Unlock()
+	if err := s.vm.takeKeys(r.Keys); err != nil {
+		return nil, err
+	}
+	if s.open != nil {
+		return s.status()
+	}
+	if err := s.vm.identify(r.Ref); err != nil {
+		return nil, err
+	}
+	if r.Serve {
+		// Mounting is what the sandbox forbids, so it is made before.
+		s.log.Info("opening for a guest", "restarted", r.Restarted)
+	}
+	o, err := s.openWithRetry(ctx, r.Restarted)
+	if err != nil {
+		return nil, err
+	}
+	if r.Restarted {
+		// What the process before wrote and never flushed must not be lost with
+		// the power after this one has acknowledged a flush (design §4 Failure).
+		for _, d := range o.disks {
+			if err := d.Flush(ctx); err != nil {
+				_ = o.closeDisks()
+				return nil, faultOf(err)
+			}
+		}
+	}
+	if r.Serve {
+		if o.serve, err = s.vm.startService(o, s.cfg.RunDir, s.log); err != nil {
+			_ = o.closeDisks()
+			return nil, faultOf(err)
+		}
+	}
+	s.mu.Lock()
+	s.open = o
+	s.mu.Unlock()
+	if err := s.confine(); err != nil {
+		return nil, err
+	}
+	return s.status()
+}
+
+// openWithRetry waits, after a restart, for the locks of the process before: it
+// may be dying still.
+func (s *server) openWithRetry(ctx context.Context, restarted bool) (*opened, error) {
+	limit := time.Now().Add(10 * time.Second)
+	for {
+		o, err := s.vm.openAll(ctx)
+		if err == nil || !restarted || !errors.Is(err, vdisk.ErrInUse) || time.Now().After(limit) {
+			return o, err
+		}
+		select {
+		case <-ctx.Done():
+			return nil, err
+		case <-time.After(50 * time.Millisecond):
+		}
+	}
+}
+
+func (s *server) status() (*hostapi.VMXStatus, error) {
+	s.mu.Lock()
+	o, v := s.open, s.vm
+	s.mu.Unlock()
+	st := &hostapi.VMXStatus{Uuid: v.id.String(), Open: o != nil}
+	if o == nil {
+		return st, nil
+	}
+	for _, d := range o.disks {
+		if err := d.Failed(); err != nil {
+			st.Problem = err.Error()
+		}
+	}
+	if o.serve != nil {
+		st.Serving, st.Disks, st.NvramPath = true, o.serve.served, o.serve.nvram
+		if o.serve.view != nil {
+			st.FilesMount = filepath.Join(s.cfg.RunDir, filesDir)
+		}
+	}
+	return st, nil
+}
+
+// Status implements hostapi.VMXServer.
+func (s *server) Status(context.Context, *hostapi.StatusRequest) (*hostapi.VMXStatus, error) {
+	return s.status()
+}
+
+// Reconfigure implements hostapi.VMXServer.
+func (s *server) Reconfigure(r *hostapi.VMXReconfigureRequest, stream hostapi.VMX_ReconfigureServer) error {
+	s.op.Lock()
+	defer s.op.Unlock()
+	if err := s.vm.takeKeys(r.Keys); err != nil {
+		return err
+	}
+	if err := s.vm.identify(r.Change.GetRef()); err != nil {
+		return err
+	}
+	if err := s.confine(); err != nil {
+		return err
+	}
+	var live map[uuid.UUID]*vdisk.Disk
+	if s.open != nil {
+		live = s.open.disks
+	}
+	var last time.Time
+	tell := func(stage string, done, total int64) {
+		if now := time.Now(); total == 0 || done == total || now.Sub(last) > 200*time.Millisecond {
+			last = now
+			_ = stream.Send(&hostapi.Progress{Stage: stage, DoneBytes: done, TotalBytes: total}) // a caller that went away cancels the context
+		}
+	}
+	if err := s.vm.reconfigure(stream.Context(), r.Change, live, tell); err != nil {
+		if stream.Context().Err() != nil {
+			s.log.Info("a change was stopped at a durable point", "operation", r.Change.Header.GetOperationId())
+		}
+		return faultOf(err)
+	}
+	info, err := s.vm.describe()
+	if err != nil {
+		return err
+	}
+	return stream.Send(&hostapi.Progress{Stage: "done", Result: info})
+}
+
+// ImportDisk implements hostapi.VMXServer.
+func (s *server) ImportDisk(stream hostapi.VMX_ImportDiskServer) error {
+	s.op.Lock()
+	defer s.op.Unlock()
+	chunk, err := stream.Recv()
+	if err != nil {
+		return err
+	}
+	if s.open == nil {
+		return hostapi.Faultf(hostapi.Fault_INVALID, "the VM is not open")
+	}
+	id, err := parseUUID("a disk", chunk.DiskUuid)
+	if err != nil {
+		return err
+	}
+	d := s.open.disks[id]
+	if d == nil {
+		return hostapi.Faultf(hostapi.Fault_NOT_FOUND, "%s has no disk %s", s.cfg.Folder, id)
+	}
+	reply := &hostapi.ImportReply{}
+	for ; err == nil; chunk, err = stream.Recv() {
+		if len(chunk.Data) == 0 {
+			continue
+		}
+		if end := chunk.Offset + int64(len(chunk.Data)); chunk.Offset < 0 || end > d.Size() {
+			return hostapi.Faultf(hostapi.Fault_INVALID, "the import goes to byte %d of a disk of %d bytes", end, d.Size())
+		}
+		if err := d.WriteAt(chunk.Data, chunk.Offset); err != nil {
+			return faultOf(err)
+		}
+		reply.WrittenBytes += int64(len(chunk.Data))
+	}
+	if err != io.EOF {
+		return err
+	}
+	if err := d.Flush(stream.Context()); err != nil {
+		return faultOf(err)
+	}
+	return stream.SendAndClose(reply)
+}
+
+// Keys implements hostapi.VMXServer.
+func (s *server) Keys(context.Context, *hostapi.KeysRequest) (*hostapi.OpenRequest, error) {
+	s.op.Lock()
+	defer s.op.Unlock()
+	r := &hostapi.OpenRequest{Ref: &hostapi.VMRef{Uuid: s.vm.id.String()}}
+	s.vm.mu.Lock()
+	defer s.vm.mu.Unlock()
+	for id, k := range s.vm.keks {
+		kek := &hostapi.KEK{Id: &hostapi.KeyID{Provider: id.Provider, Key: id.Key}}
+		k.Use(func(b []byte) { kek.Bytes = append([]byte(nil), b...) })
+		r.Keys = append(r.Keys, kek)
+	}
+	return r, nil
+}
+
+// Close implements hostapi.VMXServer.
+func (s *server) Close(context.Context, *hostapi.CloseRequest) (*hostapi.CloseReply, error) {
+	err := s.close()
+	s.stop()
+	return &hostapi.CloseReply{}, faultOf(err)
+}
+
+func (s *server) close() error {
+	s.op.Lock()
+	defer s.op.Unlock()
+	s.mu.Lock()
+	o := s.open
+	s.open = nil
+	s.mu.Unlock()
+	var err error
+	if o != nil {
+		if o.serve != nil {
+			o.serve.end(5 * time.Second)
+		}
+		err = o.closeDisks()
+	}
+	s.vm.wipe()
+	return err
+}
