@@ -1,0 +1,10 @@
+package vdisk
+
+// Failed returns the failure of storage that ended the disk, or nil while it is
+// well. It is final: whoever runs the guest keeps it paused (design §4 Failure).
+func (d *Disk) Failed() error {
+	if dead := d.ext.dead.Load(); dead != nil {
+		return dead
+	}
+	return nil
+}
