@@ -1,0 +1,69 @@
+package host
+
+import (
+	"os"
+	"path/filepath"
+	"strings"
+	"testing"
+)
+
+func TestDatastoreResolve(t *testing.T) {
+	root := t.TempDir()
+	d := Datastore{Name: "ds1", Path: filepath.Join(root, "ds")}
+	if err := os.MkdirAll(filepath.Join(d.Path, "web1"), 0o755); err != nil {
+		t.Fatal(err)
+	}
+	if err := os.Mkdir(filepath.Join(root, "outside"), 0o755); err != nil {
+		t.Fatal(err)
+	}
+	if err := os.Symlink(filepath.Join(root, "outside"), filepath.Join(d.Path, "link")); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := d.resolve("web1/web1.vmx"); err == nil || !strings.Contains(err.Error(), "mounted") {
+		t.Errorf("a folder without a marker was used: %v", err)
+	}
+	if err := InitDatastore(d); err != nil {
+		t.Fatal(err)
+	}
+	first, err := d.marker()
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := InitDatastore(d); err != nil {
+		t.Fatal(err)
+	}
+	if again, err := d.marker(); err != nil || again != first {
+		t.Errorf("a second init changed the marker: %v, %v", again, err)
+	}
+	for name, ok := range map[string]bool{
+		"web1/web1.vmx": true, "new/new.vmx": true, "top.vmx": true,
+		"": false, "..": false, "../x.vmx": false, "web1/../../x": false, "/etc/passwd": false,
+		"link/x.vmx": false, "a\x00b": false, "a\"b": false, "web1/./x": false,
+	} {
+		p, err := d.resolve(name)
+		if (err == nil) != ok {
+			t.Errorf("resolve(%q) = %q, %v; want ok=%v", name, p, err, ok)
+		}
+		if err == nil && !strings.HasPrefix(p, d.Path+"/") {
+			t.Errorf("resolve(%q) = %q leaves %s", name, p, d.Path)
+		}
+	}
+}
+
+func TestDatastoreMarkerDamaged(t *testing.T) {
+	for _, text := range []string{"", "{", `{"version":1}`, `{"version":9,"uuid":"x"}`} {
+		d := Datastore{Name: "ds1", Path: t.TempDir()}
+		if err := os.WriteFile(filepath.Join(d.Path, markerFile), []byte(text), 0o644); err != nil {
+			t.Fatal(err)
+		}
+		if err := InitDatastore(d); err == nil {
+			t.Errorf("marker %q was taken for good or replaced", text)
+		}
+		if got, _ := os.ReadFile(filepath.Join(d.Path, markerFile)); string(got) != text {
+			t.Errorf("marker %q was changed to %q", text, got)
+		}
+		if d.info().Problem == "" {
+			t.Errorf("marker %q: no problem is shown", text)
+		}
+	}
+}

@@ -1,0 +1,512 @@
+package host
+
+import (
+	"context"
+	"fmt"
+	"io"
+	"os"
+	"path/filepath"
+
+	"google.golang.org/grpc"
+
+	"mortise/internal/hostapi"
+	"mortise/internal/keysafe"
+	"mortise/internal/secret"
+	"mortise/internal/vmx"
+)
+
+// Server is the agent's face to center: the Host service. The caller registers
+// it on a gRPC server that lets in only center's certificate.
+type Server struct {
+	hostapi.UnimplementedHostServer
+	agent *Agent
+}
+
+// Register adds the Host service of the agent to a gRPC server.
+func Register(s *grpc.Server, a *Agent) { hostapi.RegisterHostServer(s, &Server{agent: a}) }
+
+// Describe implements hostapi.HostServer.
+func (s *Server) Describe(ctx context.Context, _ *hostapi.DescribeRequest) (*hostapi.HostInfo, error) {
+	return s.agent.describe(ctx)
+}
+
+// Watch implements hostapi.HostServer.
+func (s *Server) Watch(_ *hostapi.WatchRequest, stream hostapi.Host_WatchServer) error {
+	a := s.agent
+	// Registered before the first look, so that no change falls between.
+	events := make(chan *hostapi.HostEvent, 1024)
+	a.mu.Lock()
+	a.watchers[events] = true
+	var now []*machine
+	for _, m := range a.machines {
+		now = append(now, m)
+	}
+	a.mu.Unlock()
+	defer func() {
+		a.mu.Lock()
+		delete(a.watchers, events)
+		a.mu.Unlock()
+	}()
+	for _, m := range now {
+		if err := stream.Send(&hostapi.HostEvent{Kind: hostapi.HostEvent_VM, Vm: m.runtime()}); err != nil {
+			return err
+		}
+	}
+	if err := stream.Send(&hostapi.HostEvent{Kind: hostapi.HostEvent_SYNCED}); err != nil {
+		return err
+	}
+	for {
+		select {
+		case ev, ok := <-events:
+			if !ok {
+				return hostapi.Faultf(hostapi.Fault_BUSY, "the watcher does not keep up: watch again")
+			}
+			if err := stream.Send(ev); err != nil {
+				return err
+			}
+		case <-stream.Context().Done():
+			return nil
+		case <-a.ctx.Done():
+			return nil
+		}
+	}
+}
+
+// PushKeys implements hostapi.HostServer.
+func (s *Server) PushKeys(_ context.Context, r *hostapi.PushKeysRequest) (*hostapi.PushKeysReply, error) {
+	defer clearKeys(r.Keys)
+	if err := s.agent.obey(r.Header); err != nil {
+		return nil, err
+	}
+	for _, k := range r.Keys {
+		if len(k.Bytes) != keysafe.KEKSize || k.Id.GetProvider() == "" || k.Id.GetKey() == "" {
+			return nil, hostapi.Faultf(hostapi.Fault_INVALID, "key %s/%s has %d bytes: a KEK has %d, a provider and an id", k.Id.GetProvider(), k.Id.GetKey(), len(k.Bytes), keysafe.KEKSize)
+		}
+		key, err := secret.Take(k.Bytes)
+		if err != nil {
+			return nil, err
+		}
+		s.agent.keys.put(fromWire(k.Id), key, k.VmUuids...)
+		s.agent.log.Info("key received", "provider", k.Id.Provider, "key", k.Id.Key, "vms", k.VmUuids)
+		for _, vm := range k.VmUuids {
+			s.agent.mu.Lock()
+			m := s.agent.machines[vm]
+			s.agent.mu.Unlock()
+			if m != nil {
+				m.wake() // it may have waited for this key
+			}
+		}
+	}
+	return &hostapi.PushKeysReply{}, nil
+}
+
+// RemoveKeys implements hostapi.HostServer.
+func (s *Server) RemoveKeys(_ context.Context, r *hostapi.RemoveKeysRequest) (*hostapi.RemoveKeysReply, error) {
+	if err := s.agent.obey(r.Header); err != nil {
+		return nil, err
+	}
+	reply := &hostapi.RemoveKeysReply{}
+	for _, k := range r.Keys {
+		id := fromWire(k)
+		if r.VmUuid == "" {
+			users := s.agent.keys.evict(id)
+			s.agent.log.Info("key evicted", "provider", id.Provider, "key", id.Key, "vms", users)
+			continue
+		}
+		if wiped := s.agent.keys.dropVM(r.VmUuid, id); len(wiped) == 0 {
+			reply.StillUsed = append(reply.StillUsed, k)
+		}
+	}
+	return reply, nil
+}
+
+// ListKeys implements hostapi.HostServer.
+func (s *Server) ListKeys(context.Context, *hostapi.ListKeysRequest) (*hostapi.ListKeysReply, error) {
+	reply := &hostapi.ListKeysReply{}
+	for _, u := range s.agent.keys.list() {
+		reply.Keys = append(reply.Keys, &hostapi.HeldKey{Id: toWire(u.ID), VmUuids: u.VMs, SinceUnix: u.Since.Unix()})
+	}
+	return reply, nil
+}
+
+// operate is how every command that changes a VM begins: the term is current,
+// the VM is known, nothing else works on it.
+func (s *Server) operate(h *hostapi.Header, ref *hostapi.VMRef) (m *machine, path string, end func(), err error) {
+	if err := s.agent.obey(h); err != nil {
+		return nil, "", nil, err
+	}
+	if path, err = s.agent.vmxPath(ref); err != nil {
+		return nil, "", nil, err
+	}
+	if m, err = s.agent.machineOf(ref); err != nil {
+		return nil, "", nil, err
+	}
+	if end, err = m.begin(ref); err != nil {
+		return nil, "", nil, err
+	}
+	return m, path, end, nil
+}
+
+// CreateVM implements hostapi.HostServer.
+func (s *Server) CreateVM(ctx context.Context, r *hostapi.CreateVMRequest) (*hostapi.VMInfo, error) {
+	ref := &hostapi.VMRef{Uuid: r.Uuid, Datastore: r.Datastore, Path: r.Folder + "/" + filepath.Base(r.Folder) + ".vmx"}
+	m, path, end, err := s.operate(r.Header, ref)
+	if err != nil {
+		return nil, err
+	}
+	defer end()
+	if err := makeFolder(filepath.Dir(path)); err != nil {
+		return nil, err
+	}
+	var want []keysafe.KeyID
+	if r.HomeKey != nil {
+		want = append(want, fromWire(r.HomeKey))
+	}
+	for _, d := range r.Disks {
+		if d.KeyId != nil {
+			want = append(want, fromWire(d.KeyId))
+		}
+	}
+	keys, err := m.newKeys(want)
+	if err != nil {
+		return nil, err
+	}
+	defer clearKeys(keys)
+	var info *hostapi.VMInfo
+	err = m.withProcess(ctx, path, func(p *process) (err error) {
+		info, err = p.Create(ctx, &hostapi.VMXCreateRequest{Vm: r, Keys: keys})
+		return err
+	})
+	if err != nil {
+		return nil, err
+	}
+	return s.finish(m, ref, path, info)
+}
+
+// newKeys takes exactly the wanted keys from the cache.
+func (m *machine) newKeys(want []keysafe.KeyID) ([]*hostapi.KEK, error) {
+	keys, missing, err := m.agent.keys.copyFor(m.uuid, want)
+	if err != nil {
+		return nil, err
+	}
+	if len(missing) > 0 {
+		return nil, m.missingKeys(missing)
+	}
+	defer wipeAll(keys)
+	return keysToWire(keys), nil
+}
+
+// makeFolder makes a VM's folder; its parent must exist.
+func makeFolder(dir string) error {
+	if err := os.Mkdir(dir, 0o700); err != nil && !os.IsExist(err) {
+		return fmt.Errorf("making the VM's folder: %w", err)
+	}
+	parent, err := os.Open(filepath.Dir(dir))
+	if err != nil {
+		return err
+	}
+	defer parent.Close()
+	return parent.Sync()
+}
+
+// InspectVM implements hostapi.HostServer.
+func (s *Server) InspectVM(_ context.Context, r *hostapi.InspectVMRequest) (*hostapi.VMInfo, error) {
+	path, err := s.agent.vmxPath(r.Ref)
+	if err != nil {
+		return nil, err
+	}
+	info, err := vmx.Inspect(path)
+	if err != nil {
+		return nil, err
+	}
+	s.agent.mu.Lock()
+	m := s.agent.machines[info.Ref.GetUuid()]
+	s.agent.mu.Unlock()
+	return s.complete(m, r.Ref, path, info)
+}
+
+// InspectDisk implements hostapi.HostServer.
+func (s *Server) InspectDisk(_ context.Context, r *hostapi.InspectDiskRequest) (*hostapi.DiskInfo, error) {
+	path, err := s.agent.vmxPath(&hostapi.VMRef{Datastore: r.Datastore, Path: r.Path})
+	if err != nil {
+		return nil, err
+	}
+	if _, err := os.Lstat(path); err != nil {
+		return nil, hostapi.Faultf(hostapi.Fault_NOT_FOUND, "datastore %s: %w", r.Datastore, err)
+	}
+	d := vmx.InspectDisk(path)
+	d.Path = r.Path
+	return d, nil
+}
+
+// finish drops the keys that the VM's files name no more and completes info.
+func (s *Server) finish(m *machine, ref *hostapi.VMRef, path string, info *hostapi.VMInfo) (*hostapi.VMInfo, error) {
+	m.dropUnused(path)
+	return s.complete(m, ref, path, info)
+}
+
+// complete adds to what the folder says what only the agent knows.
+func (s *Server) complete(m *machine, ref *hostapi.VMRef, path string, info *hostapi.VMInfo) (*hostapi.VMInfo, error) {
+	info.Ref = &hostapi.VMRef{Uuid: info.Ref.GetUuid(), Datastore: ref.Datastore, Path: ref.Path}
+	dir := filepath.ToSlash(filepath.Dir(ref.Path))
+	for _, d := range info.Disks {
+		d.Path = filepath.ToSlash(filepath.Join(dir, d.Path))
+	}
+	info.Runtime = &hostapi.VMRuntime{Uuid: info.Ref.Uuid, Power: hostapi.PowerState_POWERED_OFF}
+	if m != nil {
+		info.Runtime = m.runtime()
+	}
+	want, err := vmx.RequiredKeys(path)
+	if err != nil {
+		return nil, err
+	}
+	info.Runtime.HasKeys, info.Runtime.Missing = true, nil
+	for i, alternatives := range want {
+		missing := s.agent.keys.missing(info.Ref.Uuid, alternatives)
+		if len(missing) < len(alternatives) {
+			continue
+		}
+		info.Runtime.HasKeys = false
+		info.Runtime.Missing = append(info.Runtime.Missing, toWireAll(missing)...)
+		if i == 0 && info.Encrypted {
+			// Locked is about the VM's configuration key (K6); a missing key of one
+			// disk only fails the power-on.
+			info.Locked = true
+			info.LockedReason = fmt.Sprintf("the key %s that opens the VM's configuration is not on host %s", missing[0], s.agent.cfg.Name)
+		}
+	}
+	return info, nil
+}
+
+// ReconfigureVM implements hostapi.HostServer.
+func (s *Server) ReconfigureVM(r *hostapi.ReconfigureVMRequest, stream hostapi.Host_ReconfigureVMServer) error {
+	m, path, end, err := s.operate(r.Header, r.Ref)
+	if err != nil {
+		return err
+	}
+	defer end()
+	var more []keysafe.KeyID
+	add := func(id *hostapi.KeyID) {
+		if id != nil {
+			more = append(more, fromWire(id))
+		}
+	}
+	add(r.Home.GetKey())
+	for _, d := range r.Disks {
+		add(d.Change.GetKey())
+	}
+	for _, d := range r.AddDisks {
+		add(d.KeyId)
+	}
+	keys, err := m.keysFor(path, more...)
+	if err != nil {
+		return err
+	}
+	defer clearKeys(keys)
+	var result *hostapi.VMInfo
+	err = m.withProcess(stream.Context(), path, func(p *process) error {
+		updates, err := p.Reconfigure(stream.Context(), &hostapi.VMXReconfigureRequest{Change: r, Keys: keys})
+		if err != nil {
+			return err
+		}
+		for {
+			u, err := updates.Recv()
+			if err == io.EOF {
+				return nil
+			}
+			if err != nil {
+				return err
+			}
+			if result = u.Result; result != nil {
+				continue // sent when the process has let go
+			}
+			if err := stream.Send(u); err != nil {
+				return err
+			}
+		}
+	})
+	if err != nil {
+		return err
+	}
+	if result == nil {
+		return fmt.Errorf("vmx ended without a result; see the VM's log")
+	}
+	if result, err = s.finish(m, r.Ref, path, result); err != nil {
+		return err
+	}
+	return stream.Send(&hostapi.Progress{Stage: "done", Result: result})
+}
+
+// PowerOn implements hostapi.HostServer.
+func (s *Server) PowerOn(ctx context.Context, r *hostapi.PowerRequest) (*hostapi.VMInfo, error) {
+	return s.power(r, func(m *machine, path string) error { return m.powerOn(ctx, path) })
+}
+
+// PowerOff implements hostapi.HostServer.
+func (s *Server) PowerOff(ctx context.Context, r *hostapi.PowerRequest) (*hostapi.VMInfo, error) {
+	return s.power(r, func(m *machine, _ string) error { return m.powerOff(ctx) })
+}
+
+// Shutdown implements hostapi.HostServer.
+func (s *Server) Shutdown(ctx context.Context, r *hostapi.PowerRequest) (*hostapi.VMInfo, error) {
+	return s.power(r, func(m *machine, _ string) error { return s.agent.cfg.Guests.Shutdown(ctx, m.uuid) })
+}
+
+// Reset implements hostapi.HostServer.
+func (s *Server) Reset(ctx context.Context, r *hostapi.PowerRequest) (*hostapi.VMInfo, error) {
+	return s.power(r, func(m *machine, _ string) error { return s.agent.cfg.Guests.Reset(ctx, m.uuid) })
+}
+
+func (s *Server) power(r *hostapi.PowerRequest, f func(*machine, string) error) (*hostapi.VMInfo, error) {
+	m, path, end, err := s.operate(r.Header, r.Ref)
+	if err != nil {
+		return nil, err
+	}
+	defer end()
+	if err := f(m, path); err != nil {
+		return nil, err
+	}
+	info, err := vmx.Inspect(path)
+	if err != nil {
+		return nil, err
+	}
+	return s.complete(m, r.Ref, path, info)
+}
+
+// Release implements hostapi.HostServer.
+func (s *Server) Release(_ context.Context, r *hostapi.PowerRequest) (*hostapi.ReleaseReply, error) {
+	if err := s.agent.obey(r.Header); err != nil {
+		return nil, err
+	}
+	m, err := s.agent.machineOf(r.Ref)
+	if err != nil {
+		return nil, err
+	}
+	end, err := m.begin(r.Ref)
+	if err != nil {
+		return nil, err
+	}
+	defer end()
+	if err := m.mustBeOff("let go of"); err != nil {
+		return nil, err
+	}
+	return &hostapi.ReleaseReply{Wiped: toWireAll(s.agent.keys.dropVM(m.uuid))}, nil
+}
+
+// DeleteVM implements hostapi.HostServer.
+func (s *Server) DeleteVM(_ context.Context, r *hostapi.PowerRequest) (*hostapi.DeleteVMReply, error) {
+	m, path, end, err := s.operate(r.Header, r.Ref)
+	if err != nil {
+		return nil, err
+	}
+	defer end()
+	if err := m.mustBeOff("delete"); err != nil {
+		return nil, err
+	}
+	left, err := vmx.Delete(path)
+	if err != nil {
+		return nil, err
+	}
+	return &hostapi.DeleteVMReply{Wiped: toWireAll(s.agent.keys.dropVM(m.uuid)), LeftBehind: left}, nil
+}
+
+func (m *machine) mustBeOff(verb string) error {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	if m.power == hostapi.PowerState_POWERED_ON {
+		return hostapi.Faultf(hostapi.Fault_WRONG_POWER_STATE, "cannot %s VM %s while it is powered on: power it off first", verb, m.uuid)
+	}
+	return nil
+}
+
+// ImportDisk implements hostapi.HostServer.
+func (s *Server) ImportDisk(stream hostapi.Host_ImportDiskServer) error {
+	first, err := stream.Recv()
+	if err != nil {
+		return err
+	}
+	m, path, end, err := s.operate(first.Header, first.Ref)
+	if err != nil {
+		return err
+	}
+	defer end()
+	if err := m.mustBeOff("import a disk into"); err != nil {
+		return err
+	}
+	keys, err := m.keysFor(path)
+	if err != nil {
+		return err
+	}
+	defer clearKeys(keys)
+	return m.withProcess(stream.Context(), path, func(p *process) error {
+		if _, err := p.Open(stream.Context(), &hostapi.OpenRequest{Ref: first.Ref, Keys: keys}); err != nil {
+			return err
+		}
+		out, err := p.ImportDisk(stream.Context())
+		if err != nil {
+			return err
+		}
+		for chunk := first; err == nil; chunk, err = stream.Recv() {
+			if serr := out.Send(chunk); serr != nil {
+				break // the reason comes with CloseAndRecv
+			}
+		}
+		if err != nil && err != io.EOF {
+			return err
+		}
+		reply, err := out.CloseAndRecv()
+		if err != nil {
+			return err
+		}
+		return stream.SendAndClose(reply)
+	})
+}
+
+// Console implements hostapi.HostServer.
+func (s *Server) Console(stream hostapi.Host_ConsoleServer) error {
+	first, err := stream.Recv()
+	if err != nil {
+		return err
+	}
+	s.agent.mu.Lock()
+	m := s.agent.machines[first.Ref.GetUuid()]
+	s.agent.mu.Unlock()
+	if m == nil {
+		return hostapi.Faultf(hostapi.Fault_WRONG_POWER_STATE, "VM %s is not powered on here: it has no console", first.Ref.GetUuid())
+	}
+	m.mu.Lock()
+	console := m.console
+	m.mu.Unlock()
+	if console == nil {
+		return hostapi.Faultf(hostapi.Fault_WRONG_POWER_STATE, "VM %s is powered off: it has no console", m.uuid)
+	}
+	line, err := console.Attach()
+	if err != nil {
+		return err
+	}
+	defer line.Close()
+	go func() {
+		defer line.Close()
+		for {
+			in, err := stream.Recv()
+			if err != nil {
+				return
+			}
+			if _, err := line.Write(in.Data); err != nil {
+				return
+			}
+		}
+	}()
+	buf := make([]byte, 16<<10)
+	for {
+		n, err := line.Read(buf)
+		if n > 0 {
+			if serr := stream.Send(&hostapi.ConsoleData{Data: append([]byte(nil), buf[:n]...)}); serr != nil {
+				return serr
+			}
+		}
+		if err != nil {
+			return nil // the guest ended, or the caller went away
+		}
+	}
+}
