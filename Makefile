@@ -1,0 +1,40 @@
+# make demo    the main job on this machine: an encrypted VM, start to end (KEEP=1 leaves it running)
+# make test    installs what is missing and runs every check and test
+# make bench   speed of ourselves, the peer and the limit, in one run (BENCH=xts|nbd|kms)
+# make build   bin/mortise, one static binary
+
+GO     ?= go
+BENCH  ?= all
+export CGO_ENABLED = 0
+
+.PHONY: all build demo test check generate bench install-run install-test clean
+
+all: build
+
+build:
+	$(GO) build -trimpath -o bin/mortise ./cmd/mortise
+
+demo: install-run build
+	@test/demo/run.sh
+
+test: install-test check
+	@build/test.sh
+
+# Formatting, vetting, static analysis, known vulnerabilities, generated code.
+check:
+	@build/check.sh
+
+generate:
+	$(GO) generate ./...
+
+bench: install-test build
+	@cd test/bench && $(GO) run . $(BENCH)
+
+install-run:
+	@build/packages.sh run
+
+install-test:
+	@build/packages.sh test
+
+clean:
+	rm -rf bin test/guest/out

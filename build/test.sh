@@ -1,0 +1,8 @@
+#!/usr/bin/env bash
+# Every test. The race detector runs where goroutines share state.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+
+go build -trimpath -o bin/mortise ./cmd/mortise
+go test -timeout 10m ./...
+CGO_ENABLED=1 go test -race -timeout 10m $(cat build/race-packages)
