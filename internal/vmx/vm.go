@@ -230,8 +230,6 @@ func exists(path string) bool {
 	return err == nil
 }
 
-func dirOf(path string) string { return filepath.Dir(path) }
-
 // describe is Inspect after a change of ours.
 func (v *vm) describe() (*hostapi.VMInfo, error) {
 	info, err := Inspect(v.path)
