@@ -26,12 +26,12 @@ func (e *KeysRequiredError) Error() string {
 // edited, damaged, or belongs to another disk or VM (rule E8). Nothing was
 // changed; restoring What from a backup heals it.
 type TamperedError struct {
-	What string // what to restore: a line of a file, by name
+	What string // what to restore: a file, or a line of one, by name
 	Why  string
 }
 
 func (e *TamperedError) Error() string {
-	return fmt.Sprintf("keysafe: %s was edited, damaged or moved here from elsewhere: %s; the data is untouched, restore that line from a backup", e.What, e.Why)
+	return fmt.Sprintf("keysafe: %s was edited, damaged or moved here from elsewhere: %s; nothing was changed, restore it from a backup", e.What, e.Why)
 }
 
 // A MissingError says that a VM that must be encrypted has lost the lines that
