@@ -128,6 +128,11 @@ func (v *View) wipe() {
 	clear(v.keys)
 }
 
+// holds says whether name may be in the view.
+func (v *View) holds(name string) bool {
+	return v.o.Names(name) && !strings.HasPrefix(name, renamePrefix)
+}
+
 func (v *View) path(name string) string { return filepath.Join(v.o.Folder, name) }
 
 // lookup returns the open file of name. The caller holds v.mu.
@@ -135,7 +140,7 @@ func (v *View) lookup(name string) (*entry, error) {
 	if e := v.files[name]; e != nil {
 		return e, nil
 	}
-	if !v.o.Names(name) {
+	if !v.holds(name) {
 		return nil, syscall.ENOENT
 	}
 	if _, err := os.Lstat(v.path(name)); err != nil {
@@ -180,7 +185,7 @@ func (v *View) key(name string) (*secret.Key, error) {
 func (v *View) create(name string) (*entry, error) {
 	v.mu.Lock()
 	defer v.mu.Unlock()
-	if !v.o.Names(name) {
+	if !v.holds(name) {
 		return nil, fmt.Errorf("%s: no file of that name is encrypted, and this view holds no other: %w", v.path(name), syscall.EPERM)
 	}
 	k, err := v.key(name)
@@ -198,7 +203,7 @@ func (v *View) create(name string) (*entry, error) {
 func (v *View) unlink(name string) error {
 	v.mu.Lock()
 	defer v.mu.Unlock()
-	if !v.o.Names(name) {
+	if !v.holds(name) {
 		return syscall.ENOENT
 	}
 	if err := os.Remove(v.path(name)); err != nil {
@@ -222,7 +227,7 @@ func (v *View) rename(from, to string, replace bool) error {
 	if from == to {
 		return nil
 	}
-	if !v.o.Names(to) {
+	if !v.holds(to) {
 		return fmt.Errorf("%s: no file of that name is encrypted, and this view holds no other: %w", v.path(to), syscall.EPERM)
 	}
 	if _, err := os.Lstat(v.path(to)); err == nil && !replace {
@@ -292,7 +297,7 @@ func (v *View) names() ([]string, error) {
 	}
 	var names []string
 	for _, e := range entries {
-		if v.o.Names(e.Name()) && e.Type().IsRegular() {
+		if v.holds(e.Name()) && e.Type().IsRegular() {
 			names = append(names, e.Name())
 		}
 	}
