@@ -192,6 +192,14 @@ func (f *osFile) Lock(exclusive bool) error {
 	return err
 }
 
+// Close releases the lock by name: a child that was forked meanwhile and has not
+// yet come to its exec shares the open file, and would keep it locked.
+func (f *osFile) Close() error {
+	lk := unix.Flock_t{Type: unix.F_UNLCK, Whence: io.SeekStart}
+	_ = f.call("unlocking", func(fd int) error { return unix.FcntlFlock(uintptr(fd), unix.F_OFD_SETLK, &lk) })
+	return f.File.Close()
+}
+
 func (f *osFile) Forget(off, n int64) {
 	// Advice: there is nothing to do when it is not taken.
 	_ = f.call("fadvise", func(fd int) error { return unix.Fadvise(fd, off, n, unix.FADV_DONTNEED) })

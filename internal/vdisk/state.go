@@ -292,6 +292,11 @@ func openState(fs fsys, at func(string), name string, write bool) (*stateFile, e
 		return nil, err
 	}
 	s, err := newestSlot(f)
+	if err == nil && write {
+		// What a killed predecessor wrote last may not be durable. It must be
+		// before the other slot, which is all there is otherwise, is written.
+		err = f.Sync()
+	}
 	if err != nil {
 		return nil, errors.Join(err, f.Close())
 	}

@@ -239,10 +239,11 @@ func (d *Disk) release(why error) {
 // sector that matches its checksum has its new form; anything else is in the old
 // one and is converted.
 //
-// "Anything else" is not always what the checksum was made from: a guest's write
-// that it never flushed may be lost. So before converted sectors are written,
-// their own checksums are made durable: after a crash in here they would match
-// nothing and be converted twice.
+// The old form should be what the checksum was made from: convertLoop syncs the
+// extent between the two. Should storage have lost that all the same, the sector
+// is still in the old form, only older. So before converted sectors are written,
+// their own checksums are made durable: otherwise, after a crash in here, such a
+// sector would match nothing and be converted twice.
 func (d *Disk) recoverZone() error {
 	s := *d.state.cur.Load()
 	z := &zone{start: s.hot, end: s.hot + s.hotLen, buf: make([]byte, s.hotLen)}
@@ -270,6 +271,7 @@ func (d *Disk) recoverZone() error {
 		}
 	}
 	if !slices.Equal(sums, s.sums) {
+		d.opts.Log.Warn("storage lost writes that it had reported durable, in the zone that was being converted", "disk", d.path, "offset", z.start, "length", s.hotLen)
 		s.sums = sums
 		if err := d.writeState(&s); err != nil {
 			return err
