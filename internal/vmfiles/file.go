@@ -158,41 +158,6 @@ func (f *File) openFile(dek *secret.Key, flags int) (err error) {
 	return nil
 }
 
-// readHeader returns the header that counts and the block it is in.
-func readHeader(f *os.File, mac *keysafe.MAC) (best header, block int, err error) {
-	var why error
-	foreign := 0
-	for i := range 2 {
-		b := make([]byte, blockSize)
-		if _, err := f.ReadAt(b, int64(i)*blockSize); err != nil && err != io.EOF {
-			return best, 0, fmt.Errorf("reading the header of %s: %w", f.Name(), err)
-		}
-		h, err := decodeHeader(b, mac)
-		switch {
-		case errors.Is(err, ErrNotEncrypted):
-			foreign++
-		case err != nil:
-			why = err
-		case h.sequence > best.sequence:
-			best, block = h, i
-		}
-	}
-	if best.sequence == 0 && foreign == 2 {
-		return best, 0, fmt.Errorf("%s: %w", f.Name(), ErrNotEncrypted)
-	}
-	if best.sequence == 0 {
-		return best, 0, &keysafe.TamperedError{What: f.Name(), Why: why.Error()}
-	}
-	st, err := f.Stat()
-	if err != nil {
-		return best, 0, err
-	}
-	if want := physical(best.length); best.state == settled && st.Size() < want {
-		return best, 0, &keysafe.TamperedError{What: f.Name(), Why: fmt.Sprintf("it has %d bytes of %d: it was cut", st.Size(), want)}
-	}
-	return best, block, nil
-}
-
 // load reads the header, and clears away what a crash left behind the end.
 func (f *File) load() (err error) {
 	if f.h, f.current, err = readHeader(f.f, f.mac); err != nil || f.readOnly {

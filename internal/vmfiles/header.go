@@ -3,7 +3,10 @@ package vmfiles
 import (
 	"bytes"
 	"encoding/binary"
+	"errors"
 	"fmt"
+	"io"
+	"os"
 
 	"mortise/internal/keysafe"
 	"mortise/internal/xts"
@@ -67,4 +70,39 @@ func decodeHeader(b []byte, mac *keysafe.MAC) (h header, err error) {
 // physical is how long a file with length bytes of content is.
 func physical(length int64) int64 {
 	return dataOffset + (length+xts.UnitSize-1)/xts.UnitSize*xts.UnitSize
+}
+
+// readHeader returns the header that counts and the block it is in.
+func readHeader(f *os.File, mac *keysafe.MAC) (best header, block int, err error) {
+	var why error
+	foreign := 0
+	for i := range 2 {
+		b := make([]byte, blockSize)
+		if _, err := f.ReadAt(b, int64(i)*blockSize); err != nil && err != io.EOF {
+			return best, 0, fmt.Errorf("reading the header of %s: %w", f.Name(), err)
+		}
+		h, err := decodeHeader(b, mac)
+		switch {
+		case errors.Is(err, ErrNotEncrypted):
+			foreign++
+		case err != nil:
+			why = err
+		case h.sequence > best.sequence:
+			best, block = h, i
+		}
+	}
+	if best.sequence == 0 && foreign == 2 {
+		return best, 0, fmt.Errorf("%s: %w", f.Name(), ErrNotEncrypted)
+	}
+	if best.sequence == 0 {
+		return best, 0, &keysafe.TamperedError{What: f.Name(), Why: why.Error()}
+	}
+	st, err := f.Stat()
+	if err != nil {
+		return best, 0, err
+	}
+	if want := physical(best.length); best.state == settled && st.Size() < want {
+		return best, 0, &keysafe.TamperedError{What: f.Name(), Why: fmt.Sprintf("it has %d bytes of %d: it was cut", st.Size(), want)}
+	}
+	return best, block, nil
 }
