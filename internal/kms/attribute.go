@@ -54,7 +54,7 @@ func ruleOf(name kmip.AttributeName) (rule, bool) {
 		return serverSets()
 	case kmip.AttributeNameCryptographicAlgorithm, kmip.AttributeNameCryptographicLength, kmip.AttributeNameCryptographicUsageMask:
 		return atCreation()
-	case kmip.AttributeNameOperationPolicyName: // deprecated in 1.3; accepted and kept, it rules nothing here
+	case "Operation Policy Name": // deprecated in 1.3; accepted and kept, it rules nothing here
 		return rule{to: 2, given: true}, true
 	case kmip.AttributeNameActivationDate, kmip.AttributeNameDeactivationDate, kmip.AttributeNameProcessStartDate, kmip.AttributeNameProtectStopDate:
 		return lifeDate()
@@ -84,11 +84,11 @@ func Visible(name kmip.AttributeName, minor int) bool {
 // looked at; index is the client's wish, nil for none.
 func (o *object) set(a kmip.Attribute, now time.Time) error {
 	wrong := func() error {
-		return refuse(kmip.ResultReasonInvalidField, "the value of attribute %q has the wrong type", a.AttributeName)
+		return Refuse(kmip.ResultReasonInvalidField, "the value of attribute %q has the wrong type", a.AttributeName)
 	}
 	exists := func(is bool) error {
 		if is {
-			return refuse(kmip.ResultReasonIllegalOperation, "the object has attribute %q already", a.AttributeName)
+			return Refuse(kmip.ResultReasonIllegalOperation, "the object has attribute %q already", a.AttributeName)
 		}
 		return nil
 	}
@@ -140,7 +140,7 @@ func (o *object) setDate(a kmip.Attribute, now time.Time) error {
 	}
 	activation := a.AttributeName == kmip.AttributeNameActivationDate
 	if o.State != kmip.StatePreActive && (activation || o.State != kmip.StateActive) {
-		return refuse(kmip.ResultReasonPermissionDenied, "%q cannot be set on an object that is %s", a.AttributeName, stateName(o.State))
+		return Refuse(kmip.ResultReasonPermissionDenied, "%q cannot be set on an object that is %s", a.AttributeName, stateName(o.State))
 	}
 	if activation {
 		o.Activation = v
@@ -148,7 +148,7 @@ func (o *object) setDate(a kmip.Attribute, now time.Time) error {
 		o.Deactivated = v
 	}
 	if !o.Deactivated.IsZero() && o.Deactivated.Before(o.Activation) {
-		return refuse(kmip.ResultReasonInvalidField, "the Deactivation Date would be before the Activation Date")
+		return Refuse(kmip.ResultReasonInvalidField, "the Deactivation Date would be before the Activation Date")
 	}
 	o.settle(now)
 	return nil
@@ -157,11 +157,11 @@ func (o *object) setDate(a kmip.Attribute, now time.Time) error {
 func dateOf(a kmip.Attribute) (time.Time, error) {
 	v, ok := a.AttributeValue.(time.Time)
 	if !ok {
-		return v, refuse(kmip.ResultReasonInvalidField, "the value of attribute %q is no date", a.AttributeName)
+		return v, Refuse(kmip.ResultReasonInvalidField, "the value of attribute %q is no date", a.AttributeName)
 	}
 	v = v.UTC()
 	if v.Year() < 1 || v.Year() > 9999 || v.IsZero() {
-		return v, refuse(kmip.ResultReasonInvalidField, "attribute %q has a date outside the years 1 to 9999", a.AttributeName)
+		return v, Refuse(kmip.ResultReasonInvalidField, "attribute %q has a date outside the years 1 to 9999", a.AttributeName)
 	}
 	return v, nil
 }
@@ -181,18 +181,18 @@ func (o *object) addGeneric(a kmip.Attribute) error {
 			continue
 		}
 		if !r.multi {
-			return refuse(kmip.ResultReasonIllegalOperation, "the object has attribute %q already, and it can have one only", a.AttributeName)
+			return Refuse(kmip.ResultReasonIllegalOperation, "the object has attribute %q already, and it can have one only", a.AttributeName)
 		}
 		if a.AttributeName == kmip.AttributeNameName && bytes.Equal(have.Value, value) {
-			return refuse(kmip.ResultReasonIllegalOperation, "the object has this name already")
+			return Refuse(kmip.ResultReasonIllegalOperation, "the object has this name already")
 		}
 		next = max(next, have.Index+1)
 	}
 	if a.AttributeIndex != nil && *a.AttributeIndex != next {
-		return refuse(kmip.ResultReasonInvalidField, "the next index of attribute %q is %d, not %d", a.AttributeName, next, *a.AttributeIndex)
+		return Refuse(kmip.ResultReasonInvalidField, "the next index of attribute %q is %d, not %d", a.AttributeName, next, *a.AttributeIndex)
 	}
 	if len(o.Attributes) >= maxAttributes || size+len(value) > maxAttributeBytes {
-		return refuse(kmip.ResultReasonIndexOutofBounds, "an object has at most %d attributes of %d bytes together", maxAttributes, maxAttributeBytes)
+		return Refuse(kmip.ResultReasonIndexOutofBounds, "an object has at most %d attributes of %d bytes together", maxAttributes, maxAttributeBytes)
 	}
 	o.Attributes = append(slices.Clip(o.Attributes), attribute{a.AttributeName, next, value})
 	return nil
@@ -202,17 +202,17 @@ func (o *object) addGeneric(a kmip.Attribute) error {
 func checkValue(a kmip.Attribute) error {
 	switch v := a.AttributeValue.(type) {
 	case nil:
-		return refuse(kmip.ResultReasonInvalidField, "attribute %q has no value", a.AttributeName)
+		return Refuse(kmip.ResultReasonInvalidField, "attribute %q has no value", a.AttributeName)
 	case kmip.Name:
 		if v.NameValue == "" || v.NameType != kmip.NameTypeUninterpretedTextString && v.NameType != kmip.NameTypeUri {
-			return refuse(kmip.ResultReasonInvalidField, "a Name has a value and a type that KMIP knows")
+			return Refuse(kmip.ResultReasonInvalidField, "a Name has a value and a type that KMIP knows")
 		}
 	case kmip.ApplicationSpecificInformation:
 		if v.ApplicationNamespace == "" {
-			return refuse(kmip.ResultReasonInvalidField, "Application Specific Information has a namespace")
+			return Refuse(kmip.ResultReasonInvalidField, "Application Specific Information has a namespace")
 		}
 		if v.ApplicationData == "" {
-			return refuse(kmip.ResultReasonApplicationNamespaceNotSupported, "this server makes no data for application namespaces")
+			return Refuse(kmip.ResultReasonApplicationNamespaceNotSupported, "this server makes no data for application namespaces")
 		}
 	case time.Time:
 		_, err := dateOf(a)

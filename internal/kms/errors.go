@@ -26,7 +26,8 @@ func (e *Error) Error() string {
 
 func (e *Error) Unwrap() error { return e.cause }
 
-func refuse(reason kmip.ResultReason, format string, args ...any) error {
+// Refuse makes an Error whose words are for the client.
+func Refuse(reason kmip.ResultReason, format string, args ...any) error {
 	return &Error{Reason: reason, Message: fmt.Sprintf(format, args...)}
 }
 

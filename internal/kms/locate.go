@@ -28,7 +28,7 @@ type Query struct {
 // their State.
 func (s *Session) Locate(ctx context.Context, q Query) (ids []string, total int, err error) {
 	if q.Offset < 0 || q.Max < 0 {
-		return nil, 0, refuse(kmip.ResultReasonInvalidField, "Maximum Items and Offset Items are not negative")
+		return nil, 0, Refuse(kmip.ResultReasonInvalidField, "Maximum Items and Offset Items are not negative")
 	}
 	f, err := newFilter(q.Attributes)
 	if err != nil {
@@ -108,11 +108,11 @@ type dateRange struct {
 func newFilter(attributes []kmip.Attribute) (f filter, err error) {
 	for _, a := range attributes {
 		if _, ok := ruleOf(a.AttributeName); !ok {
-			return f, refuse(kmip.ResultReasonInvalidField, "attribute %q is not known; nothing can be located by it", a.AttributeName)
+			return f, Refuse(kmip.ResultReasonInvalidField, "attribute %q is not known; nothing can be located by it", a.AttributeName)
 		}
 		switch v := a.AttributeValue.(type) {
 		case nil:
-			return f, refuse(kmip.ResultReasonInvalidField, "attribute %q has no value to look for", a.AttributeName)
+			return f, Refuse(kmip.ResultReasonInvalidField, "attribute %q has no value to look for", a.AttributeName)
 		case time.Time:
 			i := slices.IndexFunc(f.dates, func(d dateRange) bool { return d.name == a.AttributeName })
 			if i < 0 {
@@ -121,7 +121,7 @@ func newFilter(attributes []kmip.Attribute) (f filter, err error) {
 			}
 			d := &f.dates[i]
 			if !d.from.Equal(d.to) {
-				return f, refuse(kmip.ResultReasonInvalidField, "attribute %q is given more than twice", a.AttributeName)
+				return f, Refuse(kmip.ResultReasonInvalidField, "attribute %q is given more than twice", a.AttributeName)
 			}
 			if v.Before(d.from) {
 				d.from = v

@@ -35,7 +35,7 @@ type Material struct {
 // durable. Only AES keys are made; the length is 256 bits unless given.
 func (s *Session) Create(ctx context.Context, t kmip.ObjectType, attributes []kmip.Attribute) (string, error) {
 	if t != kmip.ObjectTypeSymmetricKey {
-		return "", refuse(kmip.ResultReasonInvalidField, "only symmetric keys are created here")
+		return "", Refuse(kmip.ResultReasonInvalidField, "only symmetric keys are created here")
 	}
 	o, err := s.newObject(t, attributes)
 	if err != nil {
@@ -46,11 +46,11 @@ func (s *Session) Create(ctx context.Context, t kmip.ObjectType, attributes []km
 	}
 	switch {
 	case o.Algorithm != kmip.CryptographicAlgorithmAES:
-		return "", refuse(kmip.ResultReasonInvalidField, "a Cryptographic Algorithm is needed, and AES is the one that keys are made for")
+		return "", Refuse(kmip.ResultReasonInvalidField, "a Cryptographic Algorithm is needed, and AES is the one that keys are made for")
 	case o.Length != 128 && o.Length != 192 && o.Length != 256:
-		return "", refuse(kmip.ResultReasonInvalidField, "an AES key has 128, 192 or 256 bits, not %d", o.Length)
+		return "", Refuse(kmip.ResultReasonInvalidField, "an AES key has 128, 192 or 256 bits, not %d", o.Length)
 	case o.Usage == 0:
-		return "", refuse(kmip.ResultReasonInvalidField, "a Cryptographic Usage Mask is needed")
+		return "", Refuse(kmip.ResultReasonInvalidField, "a Cryptographic Usage Mask is needed")
 	}
 	key, err := secret.Random(nil, int(o.Length/8))
 	if err != nil {
@@ -82,7 +82,7 @@ func (o *object) adopt(m Material) error {
 		return nil
 	case kmip.ObjectTypeSymmetricKey:
 	default:
-		return refuse(kmip.ResultReasonInvalidField, "symmetric keys, secret data and opaque objects are kept here, no others")
+		return Refuse(kmip.ResultReasonInvalidField, "symmetric keys, secret data and opaque objects are kept here, no others")
 	}
 	bits := int32(m.Bytes.Len()) * 8
 	if o.Algorithm == 0 {
@@ -93,13 +93,13 @@ func (o *object) adopt(m Material) error {
 	}
 	switch {
 	case o.Algorithm == 0 || m.Algorithm != 0 && m.Algorithm != o.Algorithm:
-		return refuse(kmip.ResultReasonInvalidField, "the key's Cryptographic Algorithm is missing or given twice with different values")
+		return Refuse(kmip.ResultReasonInvalidField, "the key's Cryptographic Algorithm is missing or given twice with different values")
 	case o.Length != bits || m.Length != 0 && m.Length != bits:
-		return refuse(kmip.ResultReasonInvalidField, "the key has %d bits, and another Cryptographic Length was given", bits)
+		return Refuse(kmip.ResultReasonInvalidField, "the key has %d bits, and another Cryptographic Length was given", bits)
 	case o.Algorithm == kmip.CryptographicAlgorithmAES && bits != 128 && bits != 192 && bits != 256:
-		return refuse(kmip.ResultReasonInvalidField, "an AES key has 128, 192 or 256 bits, not %d", bits)
+		return Refuse(kmip.ResultReasonInvalidField, "an AES key has 128, 192 or 256 bits, not %d", bits)
 	case o.Usage == 0:
-		return refuse(kmip.ResultReasonInvalidField, "a Cryptographic Usage Mask is needed")
+		return Refuse(kmip.ResultReasonInvalidField, "a Cryptographic Usage Mask is needed")
 	}
 	return nil
 }
@@ -111,7 +111,7 @@ func (s *Session) newObject(t kmip.ObjectType, attributes []kmip.Attribute) (*ob
 	for _, a := range attributes {
 		r, ok := ruleOf(a.AttributeName)
 		if !ok || !r.given {
-			return nil, refuse(kmip.ResultReasonInvalidField, "attribute %q cannot be given for a new object", a.AttributeName)
+			return nil, Refuse(kmip.ResultReasonInvalidField, "attribute %q cannot be given for a new object", a.AttributeName)
 		}
 		if err := o.set(a, now); err != nil {
 			return nil, asInvalidField(err)
@@ -170,7 +170,7 @@ func (s *Session) Get(ctx context.Context, id string) (Material, error) {
 	}
 	o := e.Value
 	if o.gone() || o.material == 0 {
-		return Material{}, refuse(kmip.ResultReasonItemNotFound, "the object is destroyed")
+		return Material{}, Refuse(kmip.ResultReasonItemNotFound, "the object is destroyed")
 	}
 	key, err := o.open()
 	if err != nil {
@@ -185,7 +185,7 @@ func (s *Session) Get(ctx context.Context, id string) (Material, error) {
 func (s *Session) Attributes(ctx context.Context, id string, names ...kmip.AttributeName) ([]kmip.Attribute, error) {
 	for i, n := range names {
 		if slices.Contains(names[:i], n) {
-			return nil, refuse(kmip.ResultReasonInvalidMessage, "attribute name %q is given more than once", n)
+			return nil, Refuse(kmip.ResultReasonInvalidMessage, "attribute name %q is given more than once", n)
 		}
 	}
 	e, err := s.read(ctx, id)
@@ -214,7 +214,7 @@ func (s *Session) Attributes(ctx context.Context, id string, names ...kmip.Attri
 func (s *Session) AddAttribute(ctx context.Context, id string, a kmip.Attribute) (kmip.Attribute, error) {
 	r, ok := ruleOf(a.AttributeName)
 	if !ok || !r.add {
-		return a, refuse(kmip.ResultReasonPermissionDenied, "attribute %q cannot be added", a.AttributeName)
+		return a, Refuse(kmip.ResultReasonPermissionDenied, "attribute %q cannot be added", a.AttributeName)
 	}
 	err := s.change(ctx, id, func(o *object, now time.Time) ([]store.Op, error) {
 		if err := o.editable(); err != nil {
@@ -244,7 +244,7 @@ func (s *Session) AddAttribute(ctx context.Context, id string, a kmip.Attribute)
 func (s *Session) ModifyAttribute(ctx context.Context, id string, a kmip.Attribute) (kmip.Attribute, error) {
 	r, ok := ruleOf(a.AttributeName)
 	if !ok || !r.modify {
-		return a, refuse(kmip.ResultReasonPermissionDenied, "attribute %q cannot be modified", a.AttributeName)
+		return a, Refuse(kmip.ResultReasonPermissionDenied, "attribute %q cannot be modified", a.AttributeName)
 	}
 	err := s.change(ctx, id, func(o *object, now time.Time) ([]store.Op, error) {
 		if err := o.editable(); err != nil {
@@ -258,16 +258,16 @@ func (s *Session) ModifyAttribute(ctx context.Context, id string, a kmip.Attribu
 		at := o.find(a.AttributeName, a.AttributeIndex)
 		if at < 0 {
 			if a.AttributeIndex != nil && o.find(a.AttributeName, nil) >= 0 {
-				return nil, refuse(kmip.ResultReasonItemNotFound, "attribute %q has no instance %d", a.AttributeName, *a.AttributeIndex)
+				return nil, Refuse(kmip.ResultReasonItemNotFound, "attribute %q has no instance %d", a.AttributeName, *a.AttributeIndex)
 			}
-			return nil, refuse(kmip.ResultReasonInvalidField, "the object has no attribute %q; add it", a.AttributeName)
+			return nil, Refuse(kmip.ResultReasonInvalidField, "the object has no attribute %q; add it", a.AttributeName)
 		}
 		if err := checkValue(a); err != nil {
 			return nil, err
 		}
 		old, value := o.Attributes[at], encodeAttribute(a)
 		if len(value) > maxAttributeBytes {
-			return nil, refuse(kmip.ResultReasonInvalidField, "an attribute has at most %d bytes", maxAttributeBytes)
+			return nil, Refuse(kmip.ResultReasonInvalidField, "an attribute has at most %d bytes", maxAttributeBytes)
 		}
 		o.Attributes = slices.Clone(o.Attributes)
 		o.Attributes[at].Value = value
@@ -291,7 +291,7 @@ func (s *Session) ModifyAttribute(ctx context.Context, id string, a kmip.Attribu
 func (s *Session) DeleteAttribute(ctx context.Context, id string, name kmip.AttributeName, index *int32) (removed kmip.Attribute, err error) {
 	r, ok := ruleOf(name)
 	if !ok || !r.remove {
-		return removed, refuse(kmip.ResultReasonPermissionDenied, "attribute %q cannot be deleted", name)
+		return removed, Refuse(kmip.ResultReasonPermissionDenied, "attribute %q cannot be deleted", name)
 	}
 	err = s.change(ctx, id, func(o *object, _ time.Time) ([]store.Op, error) {
 		if err := o.editable(); err != nil {
@@ -299,7 +299,7 @@ func (s *Session) DeleteAttribute(ctx context.Context, id string, name kmip.Attr
 		}
 		at := o.find(name, index)
 		if at < 0 {
-			return nil, refuse(kmip.ResultReasonItemNotFound, "the object has no such instance of attribute %q", name)
+			return nil, Refuse(kmip.ResultReasonItemNotFound, "the object has no such instance of attribute %q", name)
 		}
 		old := o.Attributes[at]
 		o.Attributes = slices.Delete(slices.Clone(o.Attributes), at, at+1)
@@ -324,10 +324,10 @@ func (s *Session) Activate(ctx context.Context, id string) error {
 func (s *Session) Revoke(ctx context.Context, id string, reason kmip.RevocationReason, occurred time.Time) error {
 	r := revocation{Code: reason.RevocationReasonCode, Message: reason.RevocationMessage}
 	if r.Code < kmip.RevocationReasonCodeUnspecified || r.Code > kmip.RevocationReasonCodePrivilegeWithdrawn {
-		return refuse(kmip.ResultReasonInvalidField, "a Revocation Reason is needed")
+		return Refuse(kmip.ResultReasonInvalidField, "a Revocation Reason is needed")
 	}
 	if occurred.Year() > 9999 || occurred.Year() < 1 || len(r.Message) > maxAttributeBytes {
-		return refuse(kmip.ResultReasonInvalidField, "the Compromise Occurrence Date or the message does not fit")
+		return Refuse(kmip.ResultReasonInvalidField, "the Compromise Occurrence Date or the message does not fit")
 	}
 	return s.change(ctx, id, func(o *object, now time.Time) ([]store.Op, error) {
 		return nil, o.revoke(r, occurred.UTC(), now)
@@ -350,7 +350,7 @@ func (s *Session) Destroy(ctx context.Context, id string) error {
 // editable: the attributes of a destroyed object are a record of what it was.
 func (o *object) editable() error {
 	if o.gone() {
-		return refuse(kmip.ResultReasonPermissionDenied, "the object is destroyed")
+		return Refuse(kmip.ResultReasonPermissionDenied, "the object is destroyed")
 	}
 	return nil
 }
@@ -391,7 +391,7 @@ func (k *KMS) write(ctx context.Context, e store.Entry[*object], o *object, more
 // read returns the object in the state that its dates have brought it to.
 func (s *Session) read(ctx context.Context, id string) (store.Entry[*object], error) {
 	if id == "" {
-		return store.Entry[*object]{}, refuse(kmip.ResultReasonItemNotFound, "no identifier is given, and none comes from earlier in the batch")
+		return store.Entry[*object]{}, Refuse(kmip.ResultReasonItemNotFound, "no identifier is given, and none comes from earlier in the batch")
 	}
 	e, err := s.k.objects.Get(ctx, s.at(id))
 	if err != nil {

@@ -29,7 +29,7 @@ func (o *object) settle(now time.Time) bool {
 
 func (o *object) activate(now time.Time) error {
 	if o.State != kmip.StatePreActive || o.Type == kmip.ObjectTypeOpaqueObject {
-		return refuse(kmip.ResultReasonPermissionDenied, "only a Pre-Active object can be activated; this one is %s", stateName(o.State))
+		return Refuse(kmip.ResultReasonPermissionDenied, "only a Pre-Active object can be activated; this one is %s", stateName(o.State))
 	}
 	o.State, o.Activation = kmip.StateActive, now
 	return nil
@@ -41,7 +41,7 @@ func (o *object) revoke(r revocation, occurred, now time.Time) error {
 	if r.Code == kmip.RevocationReasonCodeKeyCompromise || r.Code == kmip.RevocationReasonCodeCACompromise {
 		switch o.State {
 		case kmip.StateCompromised, kmip.StateDestroyedCompromised:
-			return refuse(kmip.ResultReasonPermissionDenied, "the object is %s already", stateName(o.State))
+			return Refuse(kmip.ResultReasonPermissionDenied, "the object is %s already", stateName(o.State))
 		case kmip.StateDestroyed:
 			o.State = kmip.StateDestroyedCompromised
 		default:
@@ -54,10 +54,10 @@ func (o *object) revoke(r revocation, occurred, now time.Time) error {
 		return nil
 	}
 	if !occurred.IsZero() {
-		return refuse(kmip.ResultReasonInvalidField, "a Compromise Occurrence Date goes with a compromise only")
+		return Refuse(kmip.ResultReasonInvalidField, "a Compromise Occurrence Date goes with a compromise only")
 	}
 	if o.State != kmip.StateActive {
-		return refuse(kmip.ResultReasonIllegalOperation, "only an Active object can be revoked for a reason other than compromise; this one is %s", stateName(o.State))
+		return Refuse(kmip.ResultReasonIllegalOperation, "only an Active object can be revoked for a reason other than compromise; this one is %s", stateName(o.State))
 	}
 	o.State, o.Reason, o.Deactivated = kmip.StateDeactivated, &r, now
 	return nil
@@ -66,9 +66,9 @@ func (o *object) revoke(r revocation, occurred, now time.Time) error {
 func (o *object) destroy(now time.Time) error {
 	switch o.State {
 	case kmip.StateActive:
-		return refuse(kmip.ResultReasonPermissionDenied, "an Active object cannot be destroyed; revoke it first")
+		return Refuse(kmip.ResultReasonPermissionDenied, "an Active object cannot be destroyed; revoke it first")
 	case kmip.StateDestroyed, kmip.StateDestroyedCompromised:
-		return refuse(kmip.ResultReasonPermissionDenied, "the object is destroyed already")
+		return Refuse(kmip.ResultReasonPermissionDenied, "the object is destroyed already")
 	case kmip.StateCompromised:
 		o.State = kmip.StateDestroyedCompromised
 	default:

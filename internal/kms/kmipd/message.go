@@ -1,0 +1,273 @@
+package kmipd
+
+import (
+	"context"
+	"encoding/binary"
+	"errors"
+	"fmt"
+	"runtime/debug"
+	"time"
+
+	"github.com/ovh/kmip-go"
+	"github.com/ovh/kmip-go/ttlv"
+
+	"mortise/internal/kms"
+)
+
+// maxBatch is how many operations one message may have.
+const maxBatch = 1000
+
+// highest is the preferred version; 1.0 to 1.4 are served.
+var highest = kmip.V1_4
+
+// headerFields is the request header of KMIP 1.4 §7.1.
+var headerFields = []field{
+	{tag: kmip.TagProtocolVersion}, {tag: kmip.TagMaximumResponseSize}, {tag: kmip.TagClientCorrelationValue}, {tag: kmip.TagServerCorrelationValue},
+	{tag: kmip.TagAsynchronousIndicator}, {tag: kmip.TagAttestationCapableIndicator}, {tag: kmip.TagAttestationType, repeats: true},
+	{tag: kmip.TagAuthentication}, {tag: kmip.TagBatchErrorContinuationOption}, {tag: kmip.TagBatchOrderOption}, {tag: kmip.TagTimeStamp}, {tag: kmip.TagBatchCount},
+}
+
+// itemFields is a request batch item.
+var itemFields = []field{{tag: kmip.TagOperation}, {tag: kmip.TagUniqueBatchItemID}, {tag: kmip.TagRequestPayload}, {tag: kmip.TagMessageExtension}}
+
+// A sessionOpener looks the connection's client up, once for each message, so
+// that a certificate that was removed is refused on open connections too.
+type sessionOpener func(context.Context) (*kms.Session, error)
+
+// answer is the path from the bytes of a request to the bytes of its response.
+// keep tells whether the connection goes on. The response is the caller's to
+// give back to s.encoders.
+func (s *server) answer(ctx context.Context, from string, open sessionOpener, msg []byte) (response *encoder, keep bool) {
+	r := &reply{s: s, from: from, version: kmip.V1_0}
+	defer r.wipe()
+	keep = r.handle(ctx, open, msg)
+	return r.encode(), keep
+}
+
+// reply grows into the response to one message.
+type reply struct {
+	s       *server
+	from    string // the client's address
+	version kmip.ProtocolVersion
+	max     int // the client's Maximum Response Size, 0 for none
+	message kmip.ResponseMessage
+	secrets [][]byte // key bytes in message, to clear once it is encoded
+}
+
+// handle fills r. It returns false when the message is so wrong that the stream
+// cannot be trusted to hold another, and when the client has no right to go on.
+func (r *reply) handle(ctx context.Context, open sessionOpener, msg []byte) (keep bool) {
+	defer func() {
+		if p := recover(); p != nil {
+			r.s.log.Error("kmip: request caused a panic", "from", r.from, "panic", fmt.Sprint(p), "stack", string(debug.Stack()))
+			r.fail(kms.Refuse(kmip.ResultReasonGeneralFailure, "internal error; the server's log says more"))
+			keep = false
+		}
+	}()
+	if err := check(msg, 0); err != nil {
+		return r.refuseMessage(kmip.ResultReasonInvalidMessage, "the message is no TTLV: %v", err)
+	}
+	if len(msg) < headerLen {
+		return r.refuseMessage(kmip.ResultReasonInvalidMessage, "the message is empty")
+	}
+	if n := int(binary.BigEndian.Uint32(msg[4:])); msg[3] != byte(ttlv.TypeStructure) || len(msg) != headerLen+n {
+		return r.refuseMessage(kmip.ResultReasonInvalidMessage, "the message is not one structure")
+	}
+	parts := items(msg[headerLen:])
+	if len(parts) == 0 || parts[0].tag != kmip.TagRequestHeader || parts[0].typ != ttlv.TypeStructure {
+		return r.refuseMessage(kmip.ResultReasonInvalidMessage, "the message does not begin with a request header")
+	}
+	version, ok := versionOf(parts[0])
+	if !ok {
+		return r.refuseMessage(kmip.ResultReasonInvalidMessage, "the request header does not begin with a protocol version")
+	}
+	if version.Major() != 1 || version.Minor() < 0 || version.Minor() > highest.Minor() {
+		r.version = highest
+		return r.refuseMessage(kmip.ResultReasonInvalidMessage, "protocol version %s is not supported; 1.0 to %s are", version, highest)
+	}
+	r.version = version
+	header, err := readHeader(parts[0])
+	if err != nil {
+		return r.fail(err)
+	}
+	r.message.Header.ClientCorrelationValue = header.ClientCorrelationValue
+	r.max = int(header.MaximumResponseSize)
+	batch := parts[1:]
+	for _, it := range batch {
+		if it.tag != kmip.TagBatchItem || it.typ != ttlv.TypeStructure {
+			return r.refuseMessage(kmip.ResultReasonInvalidMessage, "something other than batch items follows the header")
+		}
+	}
+	switch {
+	case int(header.BatchCount) != len(batch) || len(batch) == 0:
+		r.refuseMessage(kmip.ResultReasonInvalidMessage, "the batch count is %d, and %d batch items follow", header.BatchCount, len(batch))
+		return true
+	case len(batch) > maxBatch:
+		r.refuseMessage(kmip.ResultReasonInvalidMessage, "a message has at most %d batch items", maxBatch)
+		return true
+	}
+	session, err := open(ctx)
+	if err != nil {
+		r.s.log.Warn("kmip: client refused", "from", r.from, "error", err)
+		r.fail(kms.AsError(err))
+		return false
+	}
+	r.run(&call{Context: ctx, session: session, s: r.s, reply: r}, batch, header.BatchErrorContinuationOption)
+	return true
+}
+
+// run processes the batch in order. Without another wish of the client it ends
+// at the first failure (KMIP 1.4 §6.14); items after it are not answered.
+func (r *reply) run(c *call, batch []item, onError kmip.BatchErrorContinuationOption) {
+	for _, it := range batch {
+		answer := c.do(it)
+		r.message.BatchItem = append(r.message.BatchItem, answer)
+		if answer.ResultStatus != kmip.ResultStatusSuccess {
+			c.placeholder = "" // no later item may hit the object of an earlier one
+			if onError != kmip.BatchErrorContinuationOptionContinue {
+				return
+			}
+		}
+	}
+}
+
+// versionOf reads the protocol version before anything else of the header is
+// believed.
+func versionOf(header item) (v kmip.ProtocolVersion, ok bool) {
+	list := items(header.value)
+	if len(list) == 0 || list[0].tag != kmip.TagProtocolVersion {
+		return v, false
+	}
+	d, err := ttlv.NewTTLVDecoder(list[0].raw)
+	if err == nil {
+		err = d.Any(&v)
+	}
+	return v, err == nil
+}
+
+func readHeader(it item) (h kmip.RequestHeader, err error) {
+	if err := inOrder(items(it.value), headerFields); err != nil {
+		return h, kms.Refuse(fieldReason(err), "request header: %v", err)
+	}
+	d, err := ttlv.NewTTLVDecoder(it.raw)
+	if err == nil {
+		err = d.Any(&h)
+	}
+	switch {
+	case err != nil:
+		return h, kms.Refuse(kmip.ResultReasonInvalidMessage, "the request header cannot be read")
+	case h.MaximumResponseSize < 0:
+		return h, kms.Refuse(kmip.ResultReasonInvalidField, "the maximum response size is negative")
+	case h.AsynchronousIndicator != nil && *h.AsynchronousIndicator:
+		return h, kms.Refuse(kmip.ResultReasonFeatureNotSupported, "asynchronous operation is not supported")
+	case h.BatchErrorContinuationOption == kmip.BatchErrorContinuationOptionUndo:
+		return h, kms.Refuse(kmip.ResultReasonFeatureNotSupported, "batch error continuation option Undo is not supported")
+	case h.BatchErrorContinuationOption > kmip.BatchErrorContinuationOptionUndo:
+		return h, kms.Refuse(kmip.ResultReasonInvalidField, "the batch error continuation option is unknown")
+	}
+	return h, nil
+}
+
+// fieldReason is how KMIP 1.4 §11.1 answers a field out of place.
+func fieldReason(err error) kmip.ResultReason {
+	if errors.Is(err, errRepeatedField) {
+		return kmip.ResultReasonInvalidMessage
+	}
+	return kmip.ResultReasonInvalidField
+}
+
+// refuseMessage answers the message as a whole, and returns false.
+func (r *reply) refuseMessage(reason kmip.ResultReason, format string, args ...any) bool {
+	err := kms.Refuse(reason, format, args...)
+	r.s.log.Warn("kmip: message refused", "from", r.from, "error", err)
+	r.fail(err)
+	return false
+}
+
+// fail makes the response one batch item without an operation, as KMIP 1.4
+// §11.1 has it for what concerns a whole message. It returns true: the stream
+// is in step.
+func (r *reply) fail(err error) bool {
+	r.message.BatchItem = []kmip.ResponseBatchItem{failed(kmip.ResponseBatchItem{}, err)}
+	return true
+}
+
+func failed(to kmip.ResponseBatchItem, err error) kmip.ResponseBatchItem {
+	e := kms.AsError(err)
+	to.ResultStatus, to.ResultReason, to.ResultMessage, to.ResponsePayload = kmip.ResultStatusOperationFailed, e.Reason, e.Message, nil
+	return to
+}
+
+// encode returns the response as bytes. While it is larger than the client
+// allows, the largest item's payload gives way to an error (KMIP 1.4 §6.3); what
+// that item did is done.
+func (r *reply) encode() *encoder {
+	r.message.Header.ProtocolVersion = r.version
+	r.message.Header.TimeStamp = r.s.now().Truncate(time.Second)
+	r.message.Header.BatchCount = int32(len(r.message.BatchItem))
+	e := r.s.encoders.Get().(*encoder)
+	for {
+		e.Any(&r.message)
+		size := len(e.Bytes())
+		if r.max == 0 || size <= r.max {
+			return e
+		}
+		e.wipe()
+		if !r.shrink(size) {
+			r.max = 0 // the least that can be said; it must be said
+		}
+	}
+}
+
+// shrink turns the item with the largest payload into an error; false when no
+// item has one.
+func (r *reply) shrink(size int) bool {
+	largest, at := 0, -1
+	for i, it := range r.message.BatchItem {
+		if it.ResponsePayload == nil {
+			continue
+		}
+		e := r.s.encoders.Get().(*encoder)
+		e.TagAny(kmip.TagResponsePayload, it.ResponsePayload)
+		if n := len(e.Bytes()); n > largest {
+			largest, at = n, i
+		}
+		r.s.release(e)
+	}
+	if at < 0 {
+		return false
+	}
+	it := &r.message.BatchItem[at]
+	*it = failed(*it, kms.Refuse(kmip.ResultReasonResponseTooLarge, "the response has %d bytes, the client allows %d", size, r.max))
+	return true
+}
+
+func (r *reply) wipe() {
+	for _, b := range r.secrets {
+		clear(b)
+	}
+}
+
+// encoderSize holds any response with a key in it, so that the codec's buffer
+// does not grow by leaving copies behind.
+const encoderSize = 16 << 10
+
+// encoder is a codec buffer that is used again and zeroed between uses.
+type encoder struct{ ttlv.Encoder }
+
+func newEncoder() any {
+	e := &encoder{ttlv.NewTTLVEncoder()}
+	e.ByteString(kmip.TagKeyMaterial, make([]byte, encoderSize))
+	e.Clear()
+	return e
+}
+
+func (e *encoder) wipe() {
+	clear(e.Bytes())
+	e.Clear()
+}
+
+func (s *server) release(e *encoder) {
+	e.wipe()
+	s.encoders.Put(e)
+}

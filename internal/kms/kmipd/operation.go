@@ -1,0 +1,366 @@
+package kmipd
+
+import (
+	"context"
+	"slices"
+	"time"
+
+	"github.com/ovh/kmip-go"
+	"github.com/ovh/kmip-go/payloads"
+	"github.com/ovh/kmip-go/ttlv"
+
+	"mortise/internal/kms"
+)
+
+// call is one message's batch under way.
+type call struct {
+	context.Context
+	s           *server
+	session     *kms.Session
+	reply       *reply
+	placeholder string // KMIP 1.4 §3.2: the object that an item without an id means
+}
+
+// An operation is a row of what this server can do.
+type operation struct {
+	code   kmip.Operation
+	since  int     // the minor version that brought it
+	fields []field // of its request payload, in order
+	run    func(c *call, payload []byte) (kmip.OperationPayload, error)
+}
+
+// row makes an operation of a function over the codec's payload types.
+func row[Req any](code kmip.Operation, since int, run func(*call, *Req) (kmip.OperationPayload, error), fields ...field) operation {
+	return operation{code, since, fields, func(c *call, payload []byte) (kmip.OperationPayload, error) {
+		var req Req
+		d, err := ttlv.NewTTLVDecoder(payload)
+		if err == nil {
+			err = d.TagAny(kmip.TagRequestPayload, &req)
+		}
+		if err != nil {
+			c.s.log.Debug("kmip: payload does not decode", "operation", ttlv.EnumStr(code), "from", c.reply.from, "error", err)
+			return nil, kms.Refuse(kmip.ResultReasonInvalidMessage, "the request payload cannot be read")
+		}
+		return run(c, &req)
+	}}
+}
+
+func one(tag int) field  { return field{tag: tag} }
+func many(tag int) field { return field{tag: tag, repeats: true} }
+
+// operations is everything that Query lists. Query itself reads it, hence a
+// function.
+func operations() []operation {
+	id := one(kmip.TagUniqueIdentifier)
+	return []operation{
+		row(kmip.OperationCreate, 0, create, one(kmip.TagObjectType), one(kmip.TagTemplateAttribute)),
+		row(kmip.OperationRegister, 0, register, one(kmip.TagObjectType), one(kmip.TagTemplateAttribute),
+			one(kmip.TagSymmetricKey), one(kmip.TagSecretData), one(kmip.TagOpaqueObject)),
+		row(kmip.OperationLocate, 0, locate, one(kmip.TagMaximumItems), one(kmip.TagOffsetItems), one(kmip.TagStorageStatusMask),
+			one(kmip.TagObjectGroupMember), one(kmip.TagTemplateAttribute), many(kmip.TagAttribute)),
+		row(kmip.OperationGet, 0, get, id, one(kmip.TagKeyFormatType), one(kmip.TagKeyWrapType),
+			one(kmip.TagKeyCompressionType), one(kmip.TagKeyWrappingSpecification)),
+		row(kmip.OperationGetAttributes, 0, getAttributes, id, many(kmip.TagAttributeName)),
+		row(kmip.OperationGetAttributeList, 0, getAttributeList, id),
+		row(kmip.OperationAddAttribute, 0, addAttribute, id, one(kmip.TagAttribute)),
+		row(kmip.OperationModifyAttribute, 0, modifyAttribute, id, one(kmip.TagAttribute)),
+		row(kmip.OperationDeleteAttribute, 0, deleteAttribute, id, one(kmip.TagAttributeName), one(kmip.TagAttributeIndex)),
+		row(kmip.OperationActivate, 0, activate, id),
+		row(kmip.OperationRevoke, 0, revoke, id, one(kmip.TagRevocationReason), one(kmip.TagCompromiseOccurrenceDate)),
+		row(kmip.OperationDestroy, 0, destroy, id),
+		row(kmip.OperationQuery, 0, query, many(kmip.TagQueryFunction)),
+		row(kmip.OperationDiscoverVersions, 1, discoverVersions, many(kmip.TagProtocolVersion)),
+	}
+}
+
+// do answers one batch item.
+func (c *call) do(it item) kmip.ResponseBatchItem {
+	var answer kmip.ResponseBatchItem
+	parts := items(it.value)
+	if err := inOrder(parts, itemFields); err != nil {
+		return failed(answer, kms.Refuse(fieldReason(err), "batch item: %v", err))
+	}
+	var payload *item
+	for i, p := range parts {
+		d, err := ttlv.NewTTLVDecoder(p.raw)
+		switch p.tag {
+		case kmip.TagOperation:
+			if err == nil {
+				err = d.Any(&answer.Operation)
+			}
+		case kmip.TagUniqueBatchItemID:
+			if err == nil {
+				answer.UniqueBatchItemID, err = d.ByteString(p.tag)
+			}
+		case kmip.TagRequestPayload:
+			payload = &parts[i]
+		case kmip.TagMessageExtension:
+			var x kmip.MessageExtension
+			if err == nil {
+				err = d.Any(&x)
+			}
+			if err == nil && x.CriticalityIndicator {
+				return failed(answer, kms.Refuse(kmip.ResultReasonFeatureNotSupported, "the critical message extension is not known"))
+			}
+		}
+		if err != nil {
+			return failed(answer, kms.Refuse(kmip.ResultReasonInvalidMessage, "the batch item cannot be read"))
+		}
+	}
+	op, ok := c.s.operations[answer.Operation]
+	if !ok || op.since > c.reply.version.Minor() {
+		return failed(answer, kms.Refuse(kmip.ResultReasonOperationNotSupported, "the operation is not supported"))
+	}
+	if payload == nil || payload.typ != ttlv.TypeStructure {
+		return failed(answer, kms.Refuse(kmip.ResultReasonInvalidMessage, "the batch item has no request payload"))
+	}
+	if err := inOrder(items(payload.value), op.fields); err != nil {
+		return failed(answer, kms.Refuse(fieldReason(err), "request payload: %v", err))
+	}
+	result, err := op.run(c, payload.raw)
+	if err != nil {
+		e := kms.AsError(err)
+		log := c.s.log.Info
+		if e.Reason == kmip.ResultReasonGeneralFailure || e.Reason == kmip.ResultReasonCryptographicFailure {
+			log = c.s.log.Error
+		}
+		log("kmip: operation refused", "operation", ttlv.EnumStr(answer.Operation), "client", c.session.Client, "from", c.reply.from,
+			"reason", ttlv.EnumStr(e.Reason), "error", err)
+		return failed(answer, e)
+	}
+	answer.ResponsePayload = result
+	return answer
+}
+
+// changed logs what a client did to an object.
+func (c *call) changed(what, id string, more ...any) {
+	c.s.log.Info("kmip: object "+what, append([]any{"object", id, "client", c.session.Client, "from", c.reply.from}, more...)...)
+}
+
+// id is the object that an item means.
+func (c *call) id(given string) string {
+	if given != "" {
+		return given
+	}
+	return c.placeholder
+}
+
+// given checks attributes that a client sends against the version it speaks.
+func (c *call) given(attributes []kmip.Attribute) error {
+	for _, a := range attributes {
+		if !kms.Visible(a.AttributeName, c.reply.version.Minor()) {
+			return kms.Refuse(kmip.ResultReasonInvalidField, "attribute %q is not known in KMIP %s", a.AttributeName, c.reply.version)
+		}
+	}
+	return nil
+}
+
+// template returns the attributes of a template attribute. Templates by name
+// are managed objects that this server has none of.
+func (c *call) template(t *kmip.TemplateAttribute) ([]kmip.Attribute, error) {
+	//lint:ignore SA1019 a client of an old version may send it
+	if len(t.Name) > 0 {
+		return nil, kms.Refuse(kmip.ResultReasonItemNotFound, "the template does not exist")
+	}
+	return t.Attribute, c.given(t.Attribute)
+}
+
+func create(c *call, r *payloads.CreateRequestPayload) (kmip.OperationPayload, error) {
+	attributes, err := c.template(&r.TemplateAttribute)
+	if err != nil {
+		return nil, err
+	}
+	id, err := c.session.Create(c, r.ObjectType, attributes)
+	if err != nil {
+		return nil, err
+	}
+	c.placeholder = id
+	c.changed("created", id)
+	return &payloads.CreateResponsePayload{ObjectType: r.ObjectType, UniqueIdentifier: id}, nil
+}
+
+// locateRequest is the codec's, and takes filters inside a template attribute
+// too, as some clients send them: a filter that is passed over would find all.
+type locateRequest struct {
+	MaximumItems      int32                   `ttlv:",omitempty"`
+	OffsetItems       int32                   `ttlv:",omitempty"`
+	StorageStatusMask kmip.StorageStatusMask  `ttlv:",omitempty"`
+	ObjectGroupMember kmip.ObjectGroupMember  `ttlv:",omitempty"`
+	TemplateAttribute *kmip.TemplateAttribute `ttlv:",omitempty"`
+	Attribute         []kmip.Attribute
+}
+
+func locate(c *call, r *locateRequest) (kmip.OperationPayload, error) {
+	c.placeholder = ""
+	if r.ObjectGroupMember != 0 {
+		return nil, kms.Refuse(kmip.ResultReasonFeatureNotSupported, "locating by object group member is not supported")
+	}
+	filters := r.Attribute
+	if r.TemplateAttribute != nil {
+		inside, err := c.template(r.TemplateAttribute)
+		if err != nil {
+			return nil, err
+		}
+		filters = append(inside, filters...)
+	}
+	if err := c.given(filters); err != nil {
+		return nil, err
+	}
+	ids, total, err := c.session.Locate(c, kms.Query{Attributes: filters, Status: r.StorageStatusMask, Offset: r.OffsetItems, Max: r.MaximumItems})
+	if err != nil {
+		return nil, err
+	}
+	if len(ids) == 1 {
+		c.placeholder = ids[0]
+	}
+	n := int32(total)
+	return &payloads.LocateResponsePayload{LocatedItems: &n, UniqueIdentifier: ids}, nil
+}
+
+func getAttributes(c *call, r *payloads.GetAttributesRequestPayload) (kmip.OperationPayload, error) {
+	id := c.id(r.UniqueIdentifier)
+	list, err := c.attributes(id, r.AttributeName...)
+	if err != nil {
+		return nil, err
+	}
+	c.placeholder = id
+	return &payloads.GetAttributesResponsePayload{UniqueIdentifier: id, Attribute: list}, nil
+}
+
+func getAttributeList(c *call, r *payloads.GetAttributeListRequestPayload) (kmip.OperationPayload, error) {
+	id := c.id(r.UniqueIdentifier)
+	list, err := c.attributes(id)
+	if err != nil {
+		return nil, err
+	}
+	var names []kmip.AttributeName
+	for _, a := range list {
+		if !slices.Contains(names, a.AttributeName) {
+			names = append(names, a.AttributeName)
+		}
+	}
+	c.placeholder = id
+	return &payloads.GetAttributeListResponsePayload{UniqueIdentifier: id, AttributeName: names}, nil
+}
+
+// attributes are those that the client's version knows.
+func (c *call) attributes(id string, names ...kmip.AttributeName) ([]kmip.Attribute, error) {
+	list, err := c.session.Attributes(c, id, names...)
+	return slices.DeleteFunc(list, func(a kmip.Attribute) bool {
+		return !kms.Visible(a.AttributeName, c.reply.version.Minor())
+	}), err
+}
+
+func addAttribute(c *call, r *payloads.AddAttributeRequestPayload) (kmip.OperationPayload, error) {
+	id := c.id(r.UniqueIdentifier)
+	if err := c.given([]kmip.Attribute{r.Attribute}); err != nil {
+		return nil, err
+	}
+	a, err := c.session.AddAttribute(c, id, r.Attribute)
+	if err != nil {
+		return nil, err
+	}
+	c.placeholder = id
+	return &payloads.AddAttributeResponsePayload{UniqueIdentifier: id, Attribute: a}, nil
+}
+
+func modifyAttribute(c *call, r *payloads.ModifyAttributeRequestPayload) (kmip.OperationPayload, error) {
+	id := c.id(r.UniqueIdentifier)
+	if err := c.given([]kmip.Attribute{r.Attribute}); err != nil {
+		return nil, err
+	}
+	a, err := c.session.ModifyAttribute(c, id, r.Attribute)
+	if err != nil {
+		return nil, err
+	}
+	c.placeholder = id
+	return &payloads.ModifyAttributeResponsePayload{UniqueIdentifier: id, Attribute: a}, nil
+}
+
+func deleteAttribute(c *call, r *payloads.DeleteAttributeRequestPayload) (kmip.OperationPayload, error) {
+	id := c.id(r.UniqueIdentifier)
+	a, err := c.session.DeleteAttribute(c, id, r.AttributeName, r.AttributeIndex)
+	if err != nil {
+		return nil, err
+	}
+	c.placeholder = id
+	return &payloads.DeleteAttributeResponsePayload{UniqueIdentifier: id, Attribute: a}, nil
+}
+
+func activate(c *call, r *payloads.ActivateRequestPayload) (kmip.OperationPayload, error) {
+	id := c.id(r.UniqueIdentifier)
+	if err := c.session.Activate(c, id); err != nil {
+		return nil, err
+	}
+	c.placeholder = id
+	c.changed("activated", id)
+	return &payloads.ActivateResponsePayload{UniqueIdentifier: id}, nil
+}
+
+func revoke(c *call, r *payloads.RevokeRequestPayload) (kmip.OperationPayload, error) {
+	id := c.id(r.UniqueIdentifier)
+	var occurred time.Time
+	if r.CompromiseOccurrenceDate != nil {
+		occurred = *r.CompromiseOccurrenceDate
+	}
+	if err := c.session.Revoke(c, id, r.RevocationReason, occurred); err != nil {
+		return nil, err
+	}
+	c.placeholder = id
+	c.changed("revoked", id, "reason", ttlv.EnumStr(r.RevocationReason.RevocationReasonCode))
+	return &payloads.RevokeResponsePayload{UniqueIdentifier: id}, nil
+}
+
+func destroy(c *call, r *payloads.DestroyRequestPayload) (kmip.OperationPayload, error) {
+	id := c.id(r.UniqueIdentifier)
+	if err := c.session.Destroy(c, id); err != nil {
+		return nil, err
+	}
+	c.placeholder = id
+	c.changed("destroyed", id)
+	return &payloads.DestroyResponsePayload{UniqueIdentifier: id}, nil
+}
+
+func discoverVersions(_ *call, r *payloads.DiscoverVersionsRequestPayload) (kmip.OperationPayload, error) {
+	var list []kmip.ProtocolVersion
+	for minor := highest.ProtocolVersionMinor; minor >= 0; minor-- { // most preferred first
+		v := kmip.ProtocolVersion{ProtocolVersionMajor: 1, ProtocolVersionMinor: minor}
+		if len(r.ProtocolVersion) == 0 || slices.Contains(r.ProtocolVersion, v) {
+			list = append(list, v)
+		}
+	}
+	return &payloads.DiscoverVersionsResponsePayload{ProtocolVersion: list}, nil
+}
+
+// query tells what works, and no more (KMIP 1.4 §4.25). Functions that a
+// version does not have, and those with nothing to tell, add nothing.
+func query(c *call, r *payloads.QueryRequestPayload) (kmip.OperationPayload, error) {
+	if len(r.QueryFunction) == 0 {
+		return nil, kms.Refuse(kmip.ResultReasonInvalidMessage, "a Query Function is needed")
+	}
+	var answer payloads.QueryResponsePayload
+	for _, f := range r.QueryFunction {
+		switch f {
+		case kmip.QueryFunctionOperations:
+			answer.Operations = nil
+			for _, o := range operations() {
+				if o.since <= c.reply.version.Minor() {
+					answer.Operations = append(answer.Operations, o.code)
+				}
+			}
+		case kmip.QueryFunctionObjects:
+			answer.ObjectType = []kmip.ObjectType{kmip.ObjectTypeSymmetricKey, kmip.ObjectTypeSecretData, kmip.ObjectTypeOpaqueObject}
+		case kmip.QueryFunctionServerInformation:
+			answer.VendorIdentification = "Mortise"
+		case kmip.QueryFunctionRNGs:
+			answer.RNGParameters = []kmip.RNGParameters{{RNGAlgorithm: kmip.RNGAlgorithmUnspecified}}
+		case kmip.QueryFunctionCapabilities:
+			no, yes := false, true
+			answer.CapabilityInformation = []kmip.CapabilityInformation{{
+				StreamingCapability: &no, AsynchronousCapability: &no, AttestationCapability: &no,
+				BatchUndoCapability: &no, BatchContinueCapability: &yes,
+			}}
+		}
+	}
+	return &answer, nil
+}
