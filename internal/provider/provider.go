@@ -27,8 +27,9 @@ type Provider interface {
 	// NewKEK makes a KEK, Active and tagged, and returns its id and bytes.
 	// operation is an id of the task's step, unique for ever: calling again
 	// with the same one, after a lost answer or a crash, returns the same key
-	// instead of making a second. A tag that the provider cannot keep does not
-	// fail it. A failure may leave a key behind that nothing uses.
+	// instead of making a second; if that key may no longer be used, the error
+	// is a *StateError. A tag that the provider cannot keep does not fail it. A
+	// failure may leave a key behind that nothing uses.
 	NewKEK(ctx context.Context, operation string, tags ...Tag) (keyID string, kek *secret.Key, err error)
 
 	// KEK fetches a KEK by id, to encrypt with it or to open what it wraps. A

@@ -38,6 +38,10 @@ type Harness struct {
 	// Tags reads a key's tags.
 	Tags func(t *testing.T, keyID string) map[string]string
 
+	// UniqueNames: the back end refuses a second key of one name, so that even
+	// one operation run twice at once makes one key.
+	UniqueNames bool
+
 	// Named is how many keys were ever made for an operation.
 	Named func(t *testing.T, operation string) int
 }
@@ -165,6 +169,29 @@ func (s suite) sameOperation(t *testing.T) {
 			t.Errorf("%d keys for one operation", n)
 		}
 	}
+	if s.UniqueNames { // two centers that resume one task
+		op := operation(t)
+		ids := make([]string, 4)
+		var wg sync.WaitGroup
+		for i := range ids {
+			wg.Go(func() {
+				id, kek, err := s.p.NewKEK(within(t), op)
+				if err != nil {
+					t.Error(err)
+					return
+				}
+				kek.Wipe()
+				ids[i] = id
+			})
+		}
+		wg.Wait()
+		for _, id := range ids {
+			if id != ids[0] {
+				t.Errorf("one operation, at once: keys %v", ids)
+				break
+			}
+		}
+	}
 	// A longer name is another operation.
 	if id3, _ := newKEK(t, s.p, op+"x"); id3 == id {
 		t.Error("operations are told apart by a prefix only")
@@ -284,7 +311,7 @@ func (s suite) states(t *testing.T) {
 	}
 }
 
-// revokedOperation: a resumed task must not be given a key that may not be used.
+// revokedOperation: a resumed task is not given a key that may not be used.
 func (s suite) revokedOperation(t *testing.T) {
 	if s.SetState == nil {
 		t.Skip("keys of this back end have no states to set")
@@ -292,8 +319,10 @@ func (s suite) revokedOperation(t *testing.T) {
 	op := operation(t)
 	id, _ := newKEK(t, s.p, op)
 	s.SetState(t, id, provider.Deactivated)
-	if again, _ := newKEK(t, s.p, op); again == id {
-		t.Error("a deactivated key was returned for a new VM")
+	_, kek, err := s.p.NewKEK(within(t), op)
+	var se *provider.StateError
+	if kek != nil || !errors.As(err, &se) || se.KeyID != id || se.State != provider.Deactivated {
+		t.Errorf("%v, want a StateError", err)
 	}
 }
 

@@ -38,9 +38,6 @@ func (p *Provider) compare(ctx context.Context, s *kmipc.Server, keyID string, k
 	return nil
 }
 
-// replication is how long a key may take from one server to the others.
-const replication = 10 * time.Second
-
 // TestSharing makes a key on each server, reads it back from each, and destroys
 // it again where it may: the key was never used, and never activated. With one
 // server there is nothing to prove.
@@ -72,7 +69,7 @@ func (p *Provider) testSharing(ctx context.Context, from *kmipc.Server) error {
 		return p.wrap("testing "+from.Name(), id, err)
 	}
 	defer kek.Wipe()
-	for deadline := time.Now().Add(replication); ; {
+	for deadline := time.Now().Add(p.replication); ; {
 		err := p.ReadBack(ctx, id, kek)
 		if err == nil {
 			return nil

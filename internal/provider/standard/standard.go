@@ -11,6 +11,7 @@ import (
 	"fmt"
 	"log/slog"
 	"slices"
+	"time"
 
 	"github.com/ovh/kmip-go"
 
@@ -45,6 +46,8 @@ type Provider struct {
 	client *kmipc.Client
 	pool   keys // the client: the first server that answers
 	log    *slog.Logger
+
+	replication time.Duration // how long a key may take from one server to the others
 }
 
 var _ provider.Provider = (*Provider)(nil)
@@ -65,7 +68,7 @@ func New(cfg Config) (*Provider, error) {
 		return nil, fmt.Errorf("key provider %s: %w", cfg.ID, err)
 	}
 	return &Provider{
-		id: cfg.ID, client: client, pool: client, log: cfg.Log.With("provider", cfg.ID),
+		id: cfg.ID, client: client, pool: client, log: cfg.Log.With("provider", cfg.ID), replication: 10 * time.Second,
 		// The names are those that vCenter uses.
 		tags: []provider.Tag{{Name: "x-Vendor", Value: "Mortise"}, {Name: "x-Product", Value: "Mortise center"}, {Name: "x-Product_Version", Value: cfg.Version}},
 	}, nil
@@ -100,8 +103,8 @@ func (p *Provider) NewKEK(ctx context.Context, operation string, tags ...provide
 }
 
 // locateOrCreate finds the key that an earlier try of the operation made, or
-// makes it. Create is not repeated blindly: when its answer is lost, the key is
-// looked for again.
+// makes it. Create is never repeated blindly: when its answer is lost, or the
+// name is taken because somebody else was faster, the key is looked for again.
 func (p *Provider) locateOrCreate(ctx context.Context, operation string) (id string, isNew bool, err error) {
 	for try := 1; ; try++ {
 		id, err = p.locate(ctx, operation)
@@ -109,22 +112,25 @@ func (p *Provider) locateOrCreate(ctx context.Context, operation string) (id str
 			return id, false, err
 		}
 		id, err = p.pool.Create(ctx, operation)
-		if !errors.Is(err, kmipc.ErrOutcomeUnknown) || try == 2 || ctx.Err() != nil {
+		lookAgain := errors.Is(err, kmipc.ErrOutcomeUnknown) || errors.Is(err, kmipc.ErrFailed)
+		if err == nil || !lookAgain || try == 2 || ctx.Err() != nil {
 			return id, true, err
 		}
-		p.log.Info("the answer to a key's creation was lost, looking for the key", "operation", operation, "error", err)
+		p.log.Info("looking for a key whose creation was not confirmed", "operation", operation, "error", err)
 	}
 }
 
-// locate finds the usable key of an operation; "" if there is none. What a
+// locate finds the usable key of an operation; "" if none was made. What a
 // server locates is checked: some ignore filters that they do not know. Of
-// several keys every caller picks the same.
+// several keys every caller picks the same. A key that was revoked meanwhile is
+// an error: whoever revoked it did not mean another to be made in its place.
 func (p *Provider) locate(ctx context.Context, operation string) (string, error) {
 	ids, err := p.pool.Locate(ctx, operation, maxSameName)
 	if err != nil {
 		return "", err
 	}
 	slices.Sort(ids)
+	var unusable error
 	for _, id := range ids {
 		a, err := p.pool.GetAttributes(ctx, id, "Name", "State")
 		if errors.Is(err, kmipc.ErrNotFound) {
@@ -133,11 +139,16 @@ func (p *Provider) locate(ctx context.Context, operation string) (string, error)
 		if err != nil {
 			return "", err
 		}
-		if slices.Contains(a.Names, operation) && stateOf(a).Usable() {
+		if !slices.Contains(a.Names, operation) {
+			continue
+		}
+		if state := stateOf(a); state.Usable() {
 			return id, nil
+		} else if unusable == nil {
+			unusable = &provider.StateError{Provider: p.id, KeyID: id, State: state}
 		}
 	}
-	return "", nil
+	return "", unusable
 }
 
 // tag adds the tags that a key lacks. Not every server can keep them, and
@@ -214,6 +225,10 @@ var _ = [1]struct{}{}[provider.DestroyedCompromised-provider.State(kmip.StateDes
 
 // wrap says what failed, and sorts KMIP's errors into the contract's.
 func (p *Provider) wrap(doing, keyID string, err error) error {
+	var state *provider.StateError
+	if errors.As(err, &state) {
+		return err
+	}
 	kind := provider.ErrFailed
 	for _, c := range []struct{ is, kind error }{
 		{kmipc.ErrNotFound, provider.ErrNotFound}, // by one server, whatever became of the others
