@@ -36,9 +36,9 @@ const controlSocket = "control.sock"
 // maxSocketPath is what sockaddr_un holds, less the closing zero byte.
 const maxSocketPath = 107
 
-// startProcess runs a vmx for the VM whose files are in folder. runDir is its
+// startProcess runs a vmx for the VM whose VMX is at vmxPath. runDir is its
 // own folder under the agent's run folder.
-func (a *Agent) startProcess(ctx context.Context, runDir, folder string) (*process, error) {
+func (a *Agent) startProcess(ctx context.Context, runDir, vmxPath string) (*process, error) {
 	if err := os.MkdirAll(runDir, 0o700); err != nil {
 		return nil, fmt.Errorf("making the run folder of a vmx: %w", err)
 	}
@@ -50,12 +50,12 @@ func (a *Agent) startProcess(ctx context.Context, runDir, folder string) (*proce
 		return nil, err
 	}
 	// What vmx logs belongs to the VM's log (E2: nothing of the guest's, no key).
-	log, err := os.OpenFile(filepath.Join(folder, "vmware.log"), os.O_CREATE|os.O_APPEND|os.O_WRONLY, 0o600)
+	log, err := os.OpenFile(filepath.Join(filepath.Dir(vmxPath), "vmware.log"), os.O_CREATE|os.O_APPEND|os.O_WRONLY, 0o600)
 	if err != nil {
 		return nil, fmt.Errorf("opening the VM's log: %w", err)
 	}
 	defer log.Close()
-	cmd := exec.Command(a.cfg.Executable, append(append([]string(nil), a.cfg.VMXArgs...), "--run-dir", runDir, "--folder", folder)...)
+	cmd := exec.Command(a.cfg.Executable, append(append([]string(nil), a.cfg.VMXArgs...), "--run-dir", runDir, "--vmx", vmxPath)...)
 	cmd.Stdout, cmd.Stderr = log, log
 	cmd.SysProcAttr = &syscall.SysProcAttr{Setsid: true}
 	cmd.Env = []string{"PATH=/usr/sbin:/usr/bin:/sbin:/bin", "LANG=C.UTF-8"}
@@ -68,7 +68,7 @@ func (a *Agent) startProcess(ctx context.Context, runDir, folder string) (*proce
 	p, err := a.adoptWithin(ctx, runDir, 20*time.Second, cmd.Process.Pid)
 	if err != nil {
 		_ = cmd.Process.Kill()
-		return nil, fmt.Errorf("%w; see %s", err, filepath.Join(folder, "vmware.log"))
+		return nil, fmt.Errorf("%w; see %s", err, filepath.Join(filepath.Dir(vmxPath), "vmware.log"))
 	}
 	return p, nil
 }

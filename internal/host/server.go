@@ -280,9 +280,18 @@ func (s *Server) complete(m *machine, ref *hostapi.VMRef, path string, info *hos
 
 // ReconfigureVM implements hostapi.HostServer.
 func (s *Server) ReconfigureVM(r *hostapi.ReconfigureVMRequest, stream hostapi.Host_ReconfigureVMServer) error {
-	m, path, end, err := s.operate(r.Header, r.Ref)
+	result, err := s.reconfigure(r, stream)
 	if err != nil {
 		return err
+	}
+	// Sent when the VM is free for the next command.
+	return stream.Send(&hostapi.Progress{Stage: "done", Result: result})
+}
+
+func (s *Server) reconfigure(r *hostapi.ReconfigureVMRequest, stream hostapi.Host_ReconfigureVMServer) (result *hostapi.VMInfo, err error) {
+	m, path, end, err := s.operate(r.Header, r.Ref)
+	if err != nil {
+		return nil, err
 	}
 	defer end()
 	var more []keysafe.KeyID
@@ -300,10 +309,9 @@ func (s *Server) ReconfigureVM(r *hostapi.ReconfigureVMRequest, stream hostapi.H
 	}
 	keys, err := m.keysFor(path, more...)
 	if err != nil {
-		return err
+		return nil, err
 	}
 	defer clearKeys(keys)
-	var result *hostapi.VMInfo
 	err = m.withProcess(stream.Context(), path, func(p *process) error {
 		updates, err := p.Reconfigure(stream.Context(), &hostapi.VMXReconfigureRequest{Change: r, Keys: keys})
 		if err != nil {
@@ -318,7 +326,7 @@ func (s *Server) ReconfigureVM(r *hostapi.ReconfigureVMRequest, stream hostapi.H
 				return err
 			}
 			if result = u.Result; result != nil {
-				continue // sent when the process has let go
+				continue
 			}
 			if err := stream.Send(u); err != nil {
 				return err
@@ -326,15 +334,12 @@ func (s *Server) ReconfigureVM(r *hostapi.ReconfigureVMRequest, stream hostapi.H
 		}
 	})
 	if err != nil {
-		return err
+		return nil, err
 	}
 	if result == nil {
-		return fmt.Errorf("vmx ended without a result; see the VM's log")
+		return nil, fmt.Errorf("vmx ended without a result; see the VM's log")
 	}
-	if result, err = s.finish(m, r.Ref, path, result); err != nil {
-		return err
-	}
-	return stream.Send(&hostapi.Progress{Stage: "done", Result: result})
+	return s.finish(m, r.Ref, path, result)
 }
 
 // PowerOn implements hostapi.HostServer.
@@ -425,20 +430,28 @@ func (s *Server) ImportDisk(stream hostapi.Host_ImportDiskServer) error {
 	if err != nil {
 		return err
 	}
-	m, path, end, err := s.operate(first.Header, first.Ref)
+	reply, err := s.importDisk(first, stream)
 	if err != nil {
 		return err
+	}
+	return stream.SendAndClose(reply)
+}
+
+func (s *Server) importDisk(first *hostapi.ImportChunk, stream hostapi.Host_ImportDiskServer) (reply *hostapi.ImportReply, err error) {
+	m, path, end, err := s.operate(first.Header, first.Ref)
+	if err != nil {
+		return nil, err
 	}
 	defer end()
 	if err := m.mustBeOff("import a disk into"); err != nil {
-		return err
+		return nil, err
 	}
 	keys, err := m.keysFor(path)
 	if err != nil {
-		return err
+		return nil, err
 	}
 	defer clearKeys(keys)
-	return m.withProcess(stream.Context(), path, func(p *process) error {
+	err = m.withProcess(stream.Context(), path, func(p *process) error {
 		if _, err := p.Open(stream.Context(), &hostapi.OpenRequest{Ref: first.Ref, Keys: keys}); err != nil {
 			return err
 		}
@@ -454,12 +467,10 @@ func (s *Server) ImportDisk(stream hostapi.Host_ImportDiskServer) error {
 		if err != nil && err != io.EOF {
 			return err
 		}
-		reply, err := out.CloseAndRecv()
-		if err != nil {
-			return err
-		}
-		return stream.SendAndClose(reply)
+		reply, err = out.CloseAndRecv()
+		return err
 	})
+	return reply, err
 }
 
 // Console implements hostapi.HostServer.

@@ -17,7 +17,7 @@ func (s *server) confine() error {
 		return nil
 	}
 	rules := []landlock.Rule{
-		landlock.RWDirs(filepath.Dir(s.cfg.Folder), s.cfg.RunDir),
+		landlock.RWDirs(filepath.Dir(s.cfg.VMX), s.cfg.RunDir),
 		landlock.RWFiles("/dev/null"), // where go-fuse empties its pipes
 		landlock.ROFiles("/etc/localtime").IgnoreIfMissing(),
 	}

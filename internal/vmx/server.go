@@ -19,7 +19,7 @@ import (
 
 // Config is what a vmx process is told on its command line.
 type Config struct {
-	Folder string // of the VM: the path of its VMX
+	VMX    string // path of the VM's VMX; its folder is the VM's
 	RunDir string // for its sockets and the mount of its files
 	Logger *slog.Logger
 }
@@ -36,12 +36,12 @@ func Run(ctx context.Context, cfg Config) error {
 	}
 	ctx, stop := context.WithCancel(ctx)
 	defer stop()
-	s := &server{cfg: cfg, log: cfg.Logger, stop: stop, vm: &vm{log: cfg.Logger, path: cfg.Folder}}
+	s := &server{cfg: cfg, log: cfg.Logger, stop: stop, vm: &vm{log: cfg.Logger, path: cfg.VMX}}
 	g := grpc.NewServer(grpc.MaxRecvMsgSize(4 << 20))
 	hostapi.RegisterVMXServer(g, s)
 	done := make(chan error, 1)
 	go func() { done <- g.Serve(l) }()
-	s.log.Info("vmx started", "folder", filepath.Dir(cfg.Folder))
+	s.log.Info("vmx started", "folder", filepath.Dir(cfg.VMX))
 	select {
 	case err = <-done:
 	case <-ctx.Done():
@@ -233,7 +233,7 @@ func (s *server) ImportDisk(stream hostapi.VMX_ImportDiskServer) error {
 	}
 	d := s.open.disks[id]
 	if d == nil {
-		return hostapi.Faultf(hostapi.Fault_NOT_FOUND, "%s has no disk %s", s.cfg.Folder, id)
+		return hostapi.Faultf(hostapi.Fault_NOT_FOUND, "%s has no disk %s", s.cfg.VMX, id)
 	}
 	reply := &hostapi.ImportReply{}
 	for ; err == nil; chunk, err = stream.Recv() {

@@ -1,0 +1,207 @@
+package main
+
+import (
+	"context"
+	"fmt"
+	"net"
+	"os"
+	"path/filepath"
+	"text/tabwriter"
+	"time"
+
+	"github.com/spf13/cobra"
+	"golang.org/x/sync/errgroup"
+
+	"mortise/internal/kms"
+	"mortise/internal/kms/kmipd"
+	"mortise/internal/pki"
+	"mortise/internal/secret"
+	"mortise/internal/store"
+)
+
+// kmsConfig is the KMS's configuration file; flags have the same names.
+type kmsConfig struct {
+	StateDir       string `toml:"state_dir"`
+	Listen         string `toml:"listen"`
+	AdminSocket    string `toml:"admin_socket"`
+	PassphraseFile string `toml:"passphrase_file"`
+	TLSCert        string `toml:"tls_cert"`
+	TLSKey         string `toml:"tls_key"`
+	logFlags
+}
+
+const defaultKMSSocket = "/run/mortise/kms.sock"
+
+func kmsCommand() *cobra.Command {
+	cmd := &cobra.Command{
+		Use:     "kms",
+		Short:   "Key server: makes and keeps KEKs, speaks KMIP",
+		GroupID: "role",
+		Long: `The key server runs alone: a real vCenter, Mortise's center, or any other KMIP
+client uses it. It keeps every key wrapped; the root key that wraps them all is a
+file that only the passphrase opens.
+
+  kms# mortise kms serve --passphrase-file /etc/mortise/kms.passphrase
+  kms# mortise kms client add center.pem      let a client certificate in`,
+	}
+	cmd.AddCommand(kmsServe(), kmsClient())
+	return cmd
+}
+
+func kmsServe() *cobra.Command {
+	var cfg kmsConfig
+	var config string
+	var isDev bool
+	cmd := &cobra.Command{
+		Use:   "serve",
+		Short: "Run the key server",
+		Long: `Runs the key server until it is told to stop. At the first start it makes its
+root key, sealed by the passphrase: without the passphrase nobody reads a key
+again, so keep a copy of it, and of the state folder, in a safe place.
+
+The passphrase comes from --passphrase-file (mode 0600), from the file that
+MORTISE_PASSPHRASE_FILE names, or from the systemd credential kms-passphrase.
+
+Clients are known by their certificates, which are pinned one by one; see
+mortise kms client. The server's own certificate is made at the first start;
+clients trust it by its thumbprint, which the log tells.`,
+		Example: `  mortise kms serve --passphrase-file /etc/mortise/kms.passphrase
+  mortise kms serve --config /etc/mortise/kms.toml`,
+		Args: cobra.NoArgs,
+		RunE: func(cmd *cobra.Command, _ []string) error {
+			if err := loadConfig(cmd, config, &cfg); err != nil {
+				return err
+			}
+			return serveKMS(cmd.Context(), cfg, isDev)
+		},
+	}
+	f := cmd.Flags()
+	f.StringVar(&config, "config", "", "configuration file (TOML)")
+	f.StringVar(&cfg.StateDir, "state-dir", "/var/lib/mortise/kms", "folder for keys and settings")
+	f.StringVar(&cfg.Listen, "listen", fmt.Sprintf(":%d", kmipd.Port), "address for KMIP over TLS")
+	f.StringVar(&cfg.AdminSocket, "admin-socket", defaultKMSSocket, "unix socket for the administrator, root only")
+	f.StringVar(&cfg.PassphraseFile, "passphrase-file", "", "file with the passphrase of the root key, mode 0600")
+	f.StringVar(&cfg.TLSCert, "tls-cert", "", "certificate of one's own, PEM (default: a self-signed one)")
+	f.StringVar(&cfg.TLSKey, "tls-key", "", "its key, PEM, mode 0600")
+	f.BoolVar(&isDev, "dev", false, "")
+	_ = f.MarkHidden("dev")
+	cfg.logFlags.bind(f)
+	return cmd
+}
+
+func serveKMS(ctx context.Context, cfg kmsConfig, isDev bool) error {
+	if err := secret.LockDown(); err != nil {
+		return err
+	}
+	log, err := cfg.logger(os.Stderr, "kms")
+	if err != nil {
+		return err
+	}
+	if err := checkState(cfg.StateDir, isDev); err != nil {
+		return err
+	}
+	root, err := rootKey(cfg.StateDir, cfg.PassphraseFile, "kms-passphrase")
+	if err != nil {
+		return err
+	}
+	defer root.Wipe()
+	creds, err := kmsCredentials(cfg)
+	if err != nil {
+		return err
+	}
+	s, err := store.Open(ctx, store.Config{Dir: filepath.Join(cfg.StateDir, "store"), Name: "kms-1", Logger: log})
+	if err != nil {
+		return err
+	}
+	defer s.Close()
+	k, err := kms.Open(ctx, s, root, kms.Options{Logger: log})
+	if err != nil {
+		return err
+	}
+	defer k.Close()
+	if err := os.MkdirAll(filepath.Dir(cfg.AdminSocket), 0o755); err != nil {
+		return err
+	}
+	admin, err := kms.ListenAdmin(cfg.AdminSocket)
+	if err != nil {
+		return err
+	}
+	l, err := net.Listen("tcp", cfg.Listen)
+	if err != nil {
+		return err
+	}
+	log.Info("kms is ready", "kmip", l.Addr().String(), "thumbprint", pki.Thumbprint(creds.Leaf()), "admin_socket", cfg.AdminSocket)
+	g, ctx := errgroup.WithContext(ctx)
+	g.Go(func() error { return k.ServeAdmin(ctx, admin) })
+	g.Go(func() error { return kmipd.Serve(ctx, l, k, kmipd.Options{Credentials: creds, Logger: log}) })
+	return g.Wait()
+}
+
+func kmsCredentials(cfg kmsConfig) (*pki.Credentials, error) {
+	if cfg.TLSCert != "" || cfg.TLSKey != "" {
+		return pki.LoadCredentials(cfg.TLSCert, cfg.TLSKey)
+	}
+	return endpoint(cfg.StateDir, "kmip", cfg.Listen)
+}
+
+func kmsClient() *cobra.Command {
+	var socket, instance, name string
+	cmd := &cobra.Command{
+		Use:   "client",
+		Short: "Say which client certificates may use the key server",
+		Long: `A client of the key server is whoever holds the key of a pinned certificate. It may
+be self-signed. Adding and removing takes effect at once, on open connections too.`,
+	}
+	cmd.PersistentFlags().StringVar(&socket, "admin-socket", defaultKMSSocket, "the key server's admin socket")
+	cmd.PersistentFlags().StringVar(&instance, "instance", kms.DefaultInstance, "KMS instance")
+	add := &cobra.Command{
+		Use:     "add FILE",
+		Short:   "Pin a client certificate (PEM)",
+		Example: `  mortise kms client add center.pem --name center`,
+		Args:    cobra.ExactArgs(1),
+		RunE: func(cmd *cobra.Command, args []string) error {
+			text, err := os.ReadFile(args[0])
+			if err != nil {
+				return err
+			}
+			c, err := kms.DialAdmin(socket).AddClient(cmd.Context(), instance, name, text)
+			if err != nil {
+				return err
+			}
+			fmt.Fprintf(cmd.OutOrStdout(), "%s may use instance %s until %s.\nSHA-256 %s\n", c.Name, instance, c.NotAfter.Format(time.DateOnly), c.Fingerprint)
+			return nil
+		},
+	}
+	add.Flags().StringVar(&name, "name", "", "label (default: the certificate's common name)")
+	ls := &cobra.Command{
+		Use:   "ls",
+		Short: "List the pinned client certificates",
+		Args:  cobra.NoArgs,
+		RunE: func(cmd *cobra.Command, _ []string) error {
+			list, err := kms.DialAdmin(socket).Clients(cmd.Context(), instance)
+			if err != nil {
+				return err
+			}
+			w := tabwriter.NewWriter(cmd.OutOrStdout(), 0, 0, 2, ' ', 0)
+			fmt.Fprintln(w, "NAME\tEXPIRES\tSHA-256")
+			for _, c := range list {
+				fmt.Fprintf(w, "%s\t%s\t%s\n", c.Name, c.NotAfter.Format(time.DateOnly), c.Fingerprint)
+			}
+			return w.Flush()
+		},
+	}
+	rm := &cobra.Command{
+		Use:   "revoke FINGERPRINT",
+		Short: "Shut a client certificate out",
+		Args:  cobra.ExactArgs(1),
+		RunE: func(cmd *cobra.Command, args []string) error {
+			if err := kms.DialAdmin(socket).RemoveClient(cmd.Context(), instance, args[0]); err != nil {
+				return err
+			}
+			fmt.Fprintln(cmd.OutOrStdout(), "The certificate is shut out. Its keys stay.")
+			return nil
+		},
+	}
+	cmd.AddCommand(add, ls, rm)
+	return cmd
+}
