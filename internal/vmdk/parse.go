@@ -39,6 +39,10 @@ const magic = "# Disk DescriptorFile"
 // Verify, which needs the DEK. The error is an *Error.
 func Parse(name string, text []byte) (*Descriptor, error) {
 	d := &Descriptor{name: name, entries: map[string]int{}}
+	// QEMU fills the last 512 bytes of a descriptor that it rewrites with zeros.
+	if t := bytes.TrimRight(text, "\x00"); len(text)-len(t) < SectorSize && bytes.HasSuffix(t, []byte("\n")) {
+		text = t
+	}
 	switch {
 	case bytes.HasPrefix(text, []byte("KDMV")), bytes.HasPrefix(text, []byte("COWD")):
 		return nil, d.errorf(0, ErrUnsupported, "this is a sparse VMDK, data and all, and no text descriptor; import it with \"mortise vm import\"")

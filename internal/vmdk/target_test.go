@@ -1,6 +1,7 @@
 package vmdk
 
 import (
+	"bytes"
 	"errors"
 	"testing"
 
@@ -83,5 +84,19 @@ func TestSealWithTarget(t *testing.T) {
 	}
 	if got, _ = d.Encryption(); !got.Target.Empty() || got.Epoch != 2 {
 		t.Fatalf("after the recrypt: %+v", got)
+	}
+}
+
+// QEMU pads a descriptor that it has opened for writing to whole sectors.
+func TestParsePadded(t *testing.T) {
+	d, err := New("vm.vmdk", Spec{Size: 1 << 20, UUID: uuid.New(), CID: 7, Extent: "vm-flat.vmdk"})
+	if err != nil {
+		t.Fatal(err)
+	}
+	text := d.Bytes()
+	padded := append(bytes.Clone(text), make([]byte, SectorSize-len(text)%SectorSize)...)
+	p, err := Parse("vm.vmdk", padded)
+	if err != nil || !bytes.Equal(p.Bytes(), text) {
+		t.Fatalf("%v: %q", err, p.Bytes())
 	}
 }

@@ -34,7 +34,7 @@
 // Line{"extent", the extent's canonical line}. So an edit is found out (rule E8)
 // although the text is in clear.
 //
-// What parses prints back byte for byte; an edit changes only its own lines. The
+// What parses prints back byte for byte, without QEMU's padding; an edit changes only its own lines. The
 // descriptor's syntax is that of VMware's "Virtual Disk Format 5.0" note.
 //
 // Place in the flow: level 1; vdisk opens chains through it, host and vmx make
