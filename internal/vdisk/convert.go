@@ -131,11 +131,11 @@ func (d *Disk) start(t Target) error {
 	if d.state != nil {
 		cur := d.state.cur.Load()
 		s.opens, s.epoch, s.check = cur.opens, cur.epoch, cur.check
-		if err := d.state.reserve(); err != nil {
-			return fmt.Errorf("making room in %s: %w", d.state.name, err)
-		}
 	}
 	if t.Kind == Decrypting {
+		if err := d.state.reserve(); err != nil {
+			return d.stateWriteError(err)
+		}
 		if err := d.writeState(&s); err != nil {
 			return err
 		}
@@ -153,10 +153,11 @@ func (d *Disk) start(t Target) error {
 			return err
 		}
 		if t.Kind == Encrypting {
-			if err := d.createState(&s, next); err != nil {
-				return err
-			}
-		} else if err := d.state.write(&s, d.key.mac(), next.mac()); err != nil {
+			err = d.createState(&s, next)
+		} else if err = d.state.reserve(); err == nil {
+			err = d.state.write(&s, d.key.mac(), next.mac())
+		}
+		if err != nil {
 			return d.stateWriteError(err)
 		}
 		d.at("convert.state")
@@ -228,11 +229,11 @@ func (d *Disk) createState(s *state, next *dataKey) error {
 	}
 	sf, err := createState(d.opts.fs, d.at, d.stateName(), s, nil, next.mac())
 	if err != nil {
-		return d.stateWriteError(err)
+		return err
 	}
 	d.setState(sf)
 	if err := sf.reserve(); err != nil {
-		return fmt.Errorf("making room in %s: %w", sf.name, err)
+		return err
 	}
 	return d.opts.fs.SyncDir(d.dir())
 }

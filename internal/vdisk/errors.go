@@ -42,7 +42,9 @@ func (e *Error) Error() string {
 	if e.Why != "" {
 		s += ": " + e.Why
 	}
-	if e.Cause != nil {
+	if in := (*vmdk.Error)(nil); errors.As(e.Cause, &in) && in.File == e.File {
+		s += in.Error()[len(in.File):] // names the file, and the line
+	} else if e.Cause != nil {
 		s += ": " + e.Cause.Error()
 	}
 	if e.Fix != "" {

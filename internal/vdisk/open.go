@@ -196,6 +196,9 @@ func (d *Disk) openEncrypted() error {
 	if e := d.opts.Expect; e.Encrypted && !e.Converting && (d.kind == Encrypting || d.kind == Decrypting) {
 		return &Error{Kind: ErrNotEncrypted, File: d.stateName(), Why: fmt.Sprintf("it says that the disk is in clear from byte %d on in the middle of a conversion, and the VM's record says that it is encrypted", d.state.cur.Load().boundary), Fix: "restore the state file from a backup of the same time as the extent"}
 	}
+	if d.state.cur.Load().hotLen > 0 && d.opts.ReadOnly {
+		return &Error{Kind: ErrConverting, File: d.stateName(), Why: "a conversion was killed and its last zone is not settled", Fix: "open the disk for writing once"}
+	}
 	return nil
 }
 
@@ -228,9 +231,6 @@ func (d *Disk) matchState(enc vmdk.Encryption) error {
 		d.kind = Recrypting
 	default:
 		return &Error{Kind: ErrState, File: d.stateName(), Why: "it was edited, or is older or newer than the descriptor", Fix: "restore descriptor and state file from a backup of the same time as the extent; " + untouched}
-	}
-	if s.hotLen > 0 && d.opts.ReadOnly {
-		return &Error{Kind: ErrConverting, File: d.stateName(), Why: "a conversion was killed and its last zone is not settled", Fix: "open the disk for writing once"}
 	}
 	return nil
 }
@@ -285,7 +285,7 @@ func (d *Disk) stateWriteError(err error) error {
 	if err == nil {
 		return nil
 	}
-	if errors.As(err, new(*syncError)) {
+	if d.ext.dead.Load() == nil && errors.As(err, new(*syncError)) {
 		return d.ext.fail(err)
 	}
 	return fmt.Errorf("writing a disk's state file: %w", err)

@@ -156,8 +156,12 @@ func (s *state) encode(mac, target *keysafe.MAC) (header, sums []byte) {
 		s.targetMAC = target.Sum(keysafe.Line{Value: string(h[:offMACs])})
 		copy(h[offTargetMAC:], s.targetMAC[:])
 	}
-	binary.LittleEndian.PutUint64(h[offChecksum:], xxhash.Sum64(h[:offChecksum]))
+	putChecksum(h)
 	return h, sums
+}
+
+func putChecksum(h []byte) {
+	binary.LittleEndian.PutUint64(h[offChecksum:], xxhash.Sum64(h[:offChecksum]))
 }
 
 // verify says whether the key of mac wrote s: its MAC is sum.
