@@ -35,15 +35,25 @@ func LoadCredentials(certPath, keyPath string) (*Credentials, error) {
 
 // Replace renews the credentials; on error the old ones stay.
 func (c *Credentials) Replace(chain []*x509.Certificate, key crypto.Signer) error {
-	if err := matches(chain, key); err != nil {
+	t, err := TLSCertificate(chain, key)
+	if err != nil {
 		return err
 	}
-	t := &tls.Certificate{PrivateKey: key, Leaf: chain[0]}
+	c.current.Store(&t)
+	return nil
+}
+
+// TLSCertificate is a chain and its key in crypto/tls's form, such as a KMIP
+// client wants them.
+func TLSCertificate(chain []*x509.Certificate, key crypto.Signer) (tls.Certificate, error) {
+	if err := matches(chain, key); err != nil {
+		return tls.Certificate{}, err
+	}
+	t := tls.Certificate{PrivateKey: key, Leaf: chain[0]}
 	for _, cert := range chain {
 		t.Certificate = append(t.Certificate, cert.Raw)
 	}
-	c.current.Store(t)
-	return nil
+	return t, nil
 }
 
 // Leaf is the current certificate.

@@ -60,7 +60,7 @@ func startOurs(t testing.TB, endpoints int, cfg *kmipc.Config) *ours {
 	if err != nil {
 		t.Fatal(err)
 	}
-	t.Cleanup(func() { s.Close(); k.Close(); root.Wipe() }) // until it is closed the store unseals what it watches
+	t.Cleanup(func() { s.Close(); k.Close(); root.Wipe() })                // until it is closed the store unseals what it watches
 	cfg.Certificate = pair(t, pki.Grant{}, pki.KMIPClientName(time.Now())) // no extended key usage, as S3 allows
 	if _, err := k.AddClient(context.Background(), kms.DefaultInstance, "center", cfg.Certificate.Leaf); err != nil {
 		t.Fatal(err)

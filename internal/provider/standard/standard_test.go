@@ -42,7 +42,11 @@ func pair(t testing.TB, g pki.Grant, name string) tls.Certificate {
 	if err != nil {
 		t.Fatal(err)
 	}
-	return tls.Certificate{Certificate: [][]byte{cert.Raw}, PrivateKey: key, Leaf: cert}
+	c, err := pki.TLSCertificate([]*x509.Certificate{cert}, key)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return c
 }
 
 // pykmip starts servers, each on the database of that name: servers of one
