@@ -264,4 +264,3 @@ func TestHangingServer(t *testing.T) {
 		t.Error("a caller's cancellation counts as a failure of the server")
 	}
 }
-
