@@ -11,6 +11,7 @@ import (
 	"os/exec"
 	"path/filepath"
 	"runtime"
+	"strings"
 	"sync"
 	"syscall"
 	"time"
@@ -42,6 +43,13 @@ type child struct {
 	pid  int
 	stop chan struct{} // closed when it shall not be started again
 	done chan struct{} // closed when it is gone for good
+}
+
+// held tells whether somebody wants the role to stay down for now: the file
+// NAME.hold beside its log. It is how one tries what happens without the KMS.
+func (c *child) held() bool {
+	_, err := os.Lstat(strings.TrimSuffix(c.log, ".log") + ".hold")
+	return err == nil
 }
 
 func newRoles(log *slog.Logger) *roles {
@@ -112,12 +120,14 @@ func (r *roles) keep(c *child, first chan<- error) {
 			wait = 200 * time.Millisecond
 		}
 		r.logger.Warn("a process died and is started again", "process", c.name, "reason", err)
-		select {
-		case <-c.stop:
-			return
-		case <-time.After(wait):
-			wait = min(2*wait, 10*time.Second)
+		for first := true; first || c.held(); first = false {
+			select {
+			case <-c.stop:
+				return
+			case <-time.After(wait):
+			}
 		}
+		wait = min(2*wait, 10*time.Second)
 	}
 }
 
