@@ -1,0 +1,77 @@
+package vimapi
+
+import (
+	"strings"
+	"time"
+
+	"github.com/vmware/govmomi/vim25/types"
+
+	"mortise/internal/inventory"
+	"mortise/internal/task"
+)
+
+func taskProps() map[string]prop {
+	return map[string]prop{"info": on(func(_ *reader, t *task.Record) any { return taskInfo(t) })}
+}
+
+// taskInfo shows a task. Its stage and bytes are in the description and in the
+// progress details, where clients of 8.0.1 and later see them.
+func taskInfo(t *task.Record) types.TaskInfo {
+	info := types.TaskInfo{
+		Key: string(t.Ref), Task: moref(t.Ref), DescriptionId: t.Name, Name: methodOf(t.Name), EntityName: t.EntityName, Entity: reference(t.Entity),
+		State: types.TaskInfoState(t.State), Cancelable: t.Cancelable, Cancelled: t.Cancelled,
+		Reason:    &types.TaskReasonUser{UserName: t.User},
+		QueueTime: t.Queued.UTC(), StartTime: optionalTime(t.Started), CompleteTime: optionalTime(t.Finished),
+	}
+	if t.Stage != "" {
+		info.Description = &types.LocalizableMessage{Key: t.Name, Message: t.Stage}
+		info.ProgressDetails = append(info.ProgressDetails, types.KeyAnyValue{Key: "stage", Value: t.Stage})
+	}
+	if t.TotalBytes > 0 {
+		info.ProgressDetails = append(info.ProgressDetails,
+			types.KeyAnyValue{Key: "doneBytes", Value: t.DoneBytes}, types.KeyAnyValue{Key: "totalBytes", Value: t.TotalBytes})
+	}
+	if t.State == task.Running {
+		info.Progress = t.Progress
+	}
+	if t.Error != nil {
+		f, message := fromFault(t.Error)
+		info.Error = &types.LocalizedMethodFault{Fault: f, LocalizedMessage: message}
+	}
+	if ref := reference(t.Result); ref != nil {
+		info.Result = *ref
+	}
+	return info
+}
+
+// methodOf makes "VirtualMachine.powerOn" the method's name, PowerOnVM_Task,
+// as far as it is one.
+func methodOf(name string) string {
+	_, verb, ok := strings.Cut(name, ".")
+	if !ok || verb == "" {
+		return ""
+	}
+	return strings.ToUpper(verb[:1]) + verb[1:] + "_Task"
+}
+
+func optionalTime(t time.Time) *time.Time {
+	if t.IsZero() {
+		return nil
+	}
+	return ptr(t.UTC())
+}
+
+// recent lists the newest tasks that the reader may see, oldest first.
+func (r *reader) recentTasks(most int) []inventory.Ref {
+	all := r.view.All(inventory.KindTask)
+	var refs []inventory.Ref
+	for i := len(all) - 1; i >= 0 && len(refs) < most; i-- {
+		if r.visible(all[i]) != nil {
+			refs = append(refs, all[i])
+		}
+	}
+	for i, j := 0, len(refs)-1; i < j; i, j = i+1, j-1 {
+		refs[i], refs[j] = refs[j], refs[i]
+	}
+	return refs
+}
