@@ -21,7 +21,8 @@ needs root and the packages libvirt-daemon-system, qemu-system-x86 and ovmf.
 
 Everything is kept in the state folder: the next start goes on where this one
 ended, also after kill -9. Ctrl-C powers the guests off and stops everything in
-order. It is for trials and tests: passphrases lie beside what they protect, and
+order. A role that dies is started again; to keep one down, make the file
+logs/NAME.hold in the state folder first. It is for trials and tests: passphrases lie beside what they protect, and
 the roles of a real installation refuse this state.`,
 		Example: `  mortise dev
   mortise dev --hosts 3 --state-dir /srv/mortise-dev`,

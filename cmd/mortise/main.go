@@ -66,7 +66,7 @@ mortise center serve, mortise host serve.`,
 		&cobra.Group{ID: "client", Title: "Client verbs:"},
 		&cobra.Group{ID: "role", Title: "Roles:"},
 	)
-	root.AddCommand(devCommand(), kmsCommand(), hostCommand(), vmxCommand())
+	root.AddCommand(devCommand(), kmsCommand(), centerCommand(), hostCommand(), vmxCommand())
 	return root
 }
 

@@ -1,6 +1,7 @@
 package main
 
 import (
+	"bytes"
 	"crypto/x509"
 	"errors"
 	"fmt"
@@ -10,6 +11,9 @@ import (
 	"path/filepath"
 	"time"
 
+	"github.com/google/uuid"
+
+	"mortise/internal/atomicfile"
 	"mortise/internal/dev"
 	"mortise/internal/pki"
 	"mortise/internal/rootkey"
@@ -27,6 +31,24 @@ func checkState(dir string, isDev bool) error {
 		return fmt.Errorf("%s is not of 'mortise dev'", dir)
 	}
 	return nil
+}
+
+// instanceUUID tells a center from every other one; it is made once.
+func instanceUUID(dir string) (string, error) {
+	path := filepath.Join(dir, "instance.uuid")
+	text, err := os.ReadFile(path)
+	if errors.Is(err, fs.ErrNotExist) {
+		id := uuid.NewString()
+		return id, atomicfile.Write(path, []byte(id+"\n"), 0o644)
+	}
+	if err != nil {
+		return "", err
+	}
+	id, err := uuid.ParseBytes(bytes.TrimSpace(text))
+	if err != nil {
+		return "", fmt.Errorf("%s: %w; restore it from a backup", path, err)
+	}
+	return id.String(), nil
 }
 
 // rootKey opens the root key of a state folder, or makes it at the first start.
