@@ -36,6 +36,8 @@ type Event struct {
 
 // Type ids: vSphere's where it has one, otherwise our own under com.mortise.
 const (
+	KeyGenerated      = "com.mortise.crypto.KeyGenerated"
+	DatastoreAdded    = "com.mortise.datastore.Added"
 	KeyGenerateFail   = "com.vmware.vc.kms.crypto.KeyGenerateFail"
 	KMSUnreachable    = "com.vmware.vc.kms.crypto.Unreachable"
 	SendKeyError      = "com.vmware.vc.kms.crypto.SendKeyError"

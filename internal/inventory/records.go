@@ -222,6 +222,9 @@ const (
 	ConvertDecrypt = "decrypt"
 	ConvertDeep    = "deep recrypt"
 	ConvertShallow = "shallow recrypt"
+	// A disk that is being added to or removed from its VM: it may be there or not.
+	DiskAdding   = "add"
+	DiskRemoving = "remove"
 )
 
 // Conversion is recorded before a conversion begins and cleared after its

@@ -227,3 +227,9 @@ func (inv *Inventory) Owner(ctx context.Context, what Claim) (owner Ref, ok bool
 	}
 	return e.Value, err == nil, err
 }
+
+// PeekOwner is Owner as the view knows it, without asking the store.
+func (inv *Inventory) PeekOwner(what Claim) (owner Ref, ok bool) {
+	e, ok := inv.claims.Peek(string(what))
+	return e.Value, ok
+}

@@ -115,6 +115,8 @@ type Spec struct {
 	Locks      []string
 	Cancelable bool
 	Data       any
+	// Ops are committed together with the record.
+	Ops []store.Op
 }
 
 // Submit writes the task down and lets it begin. When another task works on
@@ -180,8 +182,8 @@ func (e *Engine) begin(ctx context.Context, spec Spec) (*Run, error) {
 	if err := e.take(record); err != nil {
 		return nil, err
 	}
-	op := e.records.Create(string(ref), record)
-	if err := e.cfg.Inventory.Commit(ctx, op); err != nil {
+	ops := append([]store.Op{e.records.Create(string(ref), record)}, spec.Ops...)
+	if err := e.cfg.Inventory.Commit(ctx, ops...); err != nil {
 		e.release(record)
 		return nil, fmt.Errorf("task: writing down %s: %w", spec.Name, err)
 	}

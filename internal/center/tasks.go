@@ -1,0 +1,55 @@
+package center
+
+import (
+	"context"
+
+	"mortise/internal/authz"
+	"mortise/internal/inventory"
+	"mortise/internal/task"
+)
+
+// The types of tasks that are resumed after a restart.
+const (
+	taskCreate      = "vm.create"
+	taskRegister    = "vm.register"
+	taskReconfigure = "vm.reconfigure"
+	taskPower       = "vm.power"
+	taskDestroy     = "vm.destroy"
+	taskUnlock      = "vm.unlock"
+)
+
+// CancelTask asks a task to end. Who started it may, and who has the privilege
+// on what it works on.
+func (c *Center) CancelTask(ctx context.Context, p Principal, ref Ref) error {
+	r, ok := inventory.Lookup[task.Record](c.view, ref)
+	if !ok {
+		f := fault(task.NotFound, "there is no task %s", ref)
+		f.Object = ref
+		return f
+	}
+	if r.User != p.User {
+		if err := c.Check(p, authz.GlobalCancelTask, r.Entity); err != nil {
+			return err
+		}
+	}
+	return c.tasks.Cancel(ctx, ref)
+}
+
+// WaitTask returns when the task has ended, with its fault if it failed. When
+// ctx ends earlier it is ctx's error.
+func (c *Center) WaitTask(ctx context.Context, ref Ref) error {
+	r, err := c.tasks.Wait(ctx, ref)
+	if err != nil {
+		return err
+	}
+	if r.Error != nil {
+		return r.Error
+	}
+	return nil
+}
+
+// lockVM is the lock that a task on a VM holds.
+func lockVM(vm Ref) []string { return []string{string(vm)} }
+
+// principal is who started a task, whose privileges are those of today.
+func principal(run *task.Run) Principal { return Principal{User: run.User()} }
