@@ -3,11 +3,13 @@ package main
 import (
 	"context"
 	"crypto/tls"
+	"encoding/json"
 	"errors"
 	"fmt"
 	"net"
 	"net/http"
 	"os"
+	"text/tabwriter"
 	"time"
 
 	"github.com/spf13/cobra"
@@ -49,7 +51,7 @@ the mortise client verbs. It keeps the ids of keys, never their bytes.
   center# mortise center token create --name esx1     for each host
   you$    mortise login https://center.example.com:8443`,
 	}
-	cmd.AddCommand(centerServe(), centerToken(), centerPassword())
+	cmd.AddCommand(centerServe(), centerStatus(), centerToken(), centerPassword())
 	return cmd
 }
 
@@ -190,6 +192,37 @@ func tellPassword(password, file string) error {
 	}
 	_, err = fmt.Fprintln(f, password)
 	return errors.Join(err, f.Sync(), f.Close())
+}
+
+func centerStatus() *cobra.Command {
+	var socket string
+	var asJSON bool
+	cmd := &cobra.Command{
+		Use:   "status",
+		Short: "Tell how center and its hosts do, without logging in",
+		Args:  cobra.NoArgs,
+		RunE: func(cmd *cobra.Command, _ []string) error {
+			st, err := center.NewAdmin(socket).Status(cmd.Context())
+			if err != nil {
+				return err
+			}
+			if asJSON {
+				enc := json.NewEncoder(cmd.OutOrStdout())
+				enc.SetIndent("", "  ")
+				return enc.Encode(st)
+			}
+			w := tabwriter.NewWriter(cmd.OutOrStdout(), 0, 0, 2, ' ', 0)
+			fmt.Fprintf(w, "%d VMs, %d of them locked; %d running tasks; %d sessions\n\n", st.VMs, st.LockedVMs, st.Tasks, st.Sessions)
+			fmt.Fprintln(w, "HOST\tADDRESS\tCONNECTION\tCRYPTO\tPROBLEM")
+			for _, h := range st.Hosts {
+				fmt.Fprintf(w, "%s\t%s\t%s\t%s\t%s\n", h.Name, h.Address, h.Connection, h.CryptoState, h.Problem)
+			}
+			return w.Flush()
+		},
+	}
+	cmd.Flags().StringVar(&socket, "admin-socket", defaultCenterSocket, "center's admin socket")
+	cmd.Flags().BoolVar(&asJSON, "json", false, "print JSON")
+	return cmd
 }
 
 func centerToken() *cobra.Command {

@@ -6,6 +6,7 @@ import (
 	"crypto/rand"
 	"crypto/sha256"
 	"encoding/base64"
+	"encoding/json"
 	"errors"
 	"fmt"
 	"io"
@@ -156,7 +157,44 @@ func (m *Machine) start(ctx context.Context) error {
 			return fmt.Errorf("host %s: %w", n.name, err)
 		}
 	}
+	m.say("hosts", "connecting")
+	if err := m.waitConnected(ctx); err != nil {
+		return err
+	}
 	return m.announce()
+}
+
+// waitConnected waits until center has heard from every host what it has: only
+// then is there anywhere to put a VM.
+func (m *Machine) waitConnected(ctx context.Context) error {
+	limit, cancel := context.WithTimeout(ctx, 2*time.Minute)
+	defer cancel()
+	for {
+		text, err := m.mortise(limit, "center", "status", "--json", "--admin-socket", m.CenterSocket())
+		var st struct {
+			Hosts []struct{ Name, Connection string } `json:"hosts"`
+		}
+		if err == nil {
+			err = json.Unmarshal([]byte(text), &st)
+		}
+		waiting := ""
+		for _, h := range st.Hosts {
+			if h.Connection != "connected" {
+				waiting = h.Name
+			}
+		}
+		if err == nil && waiting == "" {
+			return nil
+		}
+		select {
+		case <-limit.Done():
+			if err == nil {
+				err = fmt.Errorf("host %s is not connected to center; see %s", waiting, m.log(waiting))
+			}
+			return errors.Join(ctx.Err(), err)
+		case <-time.After(200 * time.Millisecond):
+		}
+	}
 }
 
 func (m *Machine) startHost(ctx context.Context, n *node) (err error) {
