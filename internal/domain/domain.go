@@ -11,9 +11,9 @@
 // which stays in memory (I1). It imports vmxfile.
 //
 // Disks reach QEMU as NBD over unix sockets, never as files, so what QEMU reads
-// in clear exists on no storage (E4). When a disk's server is away, QEMU waits
-// Spec.ReconnectDelay and then pauses the guest (error_policy=stop); Resume lets
-// it go on (design §4 Failure).
+// in clear exists on no storage (E4). When a disk's server is away, QEMU
+// pauses the guest (error_policy=stop), after Spec.ReconnectDelay where libvirt
+// knows it; Resume lets it go on (design §4 Failure).
 package domain
 
 import "errors"

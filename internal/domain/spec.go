@@ -20,7 +20,8 @@ const (
 
 // DefaultReconnectDelay is how long QEMU holds a guest's requests while a disk's
 // server is away before it pauses the guest. It is shorter than the 30 s after
-// which a Linux guest's SCSI layer begins to abort commands.
+// which a Linux guest's SCSI layer begins to abort commands. Older libvirt (9.0
+// of Debian 12) has no such setting and ignores it: QEMU pauses the guest at once.
 const DefaultReconnectDelay = 10 * time.Second
 
 // maxSocketPath is what sun_path holds, less its final NUL; see unix(7).
@@ -142,8 +143,8 @@ func (s *Spec) Validate() error {
 		if err := checkSocket("disk "+d.Place, d.Socket); err != nil {
 			return err
 		}
-		if len(d.Serial) > 36 || strings.ContainsFunc(d.Serial, func(r rune) bool { return r <= ' ' || r > '~' || strings.ContainsRune(`,"'<>&`, r) }) {
-			return fmt.Errorf("disk %s: serial number %.64q: want at most 36 plain characters", d.Place, d.Serial)
+		if len(d.Serial) > 36 || strings.Trim(d.Serial, "0123456789ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz_.+-") != "" {
+			return fmt.Errorf("disk %s: serial number %.64q: want at most 36 letters and digits", d.Place, d.Serial)
 		}
 		c, _ := splitPlace(d.Place)
 		if m, ok := models[c]; ok && m != d.Model {

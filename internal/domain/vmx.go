@@ -159,7 +159,7 @@ func (r *vmxReader) model(bus, controller string) (Model, string) {
 	case "sata":
 		return AHCI, ""
 	case "nvme", "ide":
-		return AHCI, "a " + strings.ToUpper(bus) + " controller becomes SATA, which every guest knows"
+		return AHCI, strings.ToUpper(bus) + " becomes SATA, which every guest knows"
 	}
 	dev := strings.ToLower(r.f.String(controller+".virtualDev", "virtio-scsi"))
 	switch dev {
@@ -192,7 +192,7 @@ func (r *vmxReader) cdrom(place, kind, file string) {
 	default:
 		image, err := inFolder(filepath.Dir(r.f.Name()), file)
 		if err != nil {
-			r.note("%s: the drive is empty: %v", place, err)
+			r.note("%s: the drive is empty: image %s is missing, or a link out of the VM's folder", place, file)
 		}
 		c.Image = image
 	}

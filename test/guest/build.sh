@@ -32,6 +32,7 @@ need busybox busybox-static
 need sgdisk gdisk
 need mformat mtools
 need mke2fs e2fsprogs
+need debugfs e2fsprogs
 need cpio cpio
 need modprobe kmod
 need qemu-img qemu-utils
@@ -145,6 +146,13 @@ touch -d "@$SOURCE_DATE_EPOCH" tree tree/plain.txt
 truncate -s $((data * mib)) ext4
 E2FSPROGS_FAKE_TIME=$SOURCE_DATE_EPOCH mke2fs -q -t ext4 -b 4096 -L data -U 4d4f5254-4953-4500-0000-0000000000d1 \
 	-E hash_seed=4d4f5254-4953-4500-0000-0000000000d2,root_owner=0:0,lazy_itable_init=0,nodiscard -m 0 -d tree ext4
+# mke2fs copies a file's change time, which nothing else can set.
+for f in / /plain.txt; do
+	for k in ctime ctime_extra crtime crtime_extra atime_extra mtime_extra; do
+		case $k in *_extra) v=0 ;; *) v="@$SOURCE_DATE_EPOCH" ;; esac
+		echo "set_inode_field $f $k $v"
+	done
+done | E2FSPROGS_FAKE_TIME=$SOURCE_DATE_EPOCH debugfs -w -f - ext4 >/dev/null 2>&1
 dd if=ext4 of=disk bs=1M seek=$data_at conv=notrunc,sparse status=none
 
 # ---- results ---------------------------------------------------------------
