@@ -21,7 +21,7 @@ type torture struct {
 	d       *Disk
 	size    int64
 	sectors []sectorModel
-	epoch   uint64 // as the VM's record has it
+	record  Expect // what the VM's bundle says
 	log     []string
 
 	flushing bool           // the guest
@@ -165,7 +165,7 @@ func (x *torture) open() (err error) {
 			_ = x.guest(x.r.IntN(4)) // a crash shows in the conversion too
 		}
 	}
-	o.Expect = Expect{Encrypted: true, Converting: true, Epoch: x.epoch}
+	o.Expect = x.record
 	x.d = nil
 	x.d, err = Open(context.Background(), torturePath, o)
 	return err
@@ -197,12 +197,15 @@ func (x *torture) step() error {
 		if x.d.kind != NotConverting {
 			err = x.d.Resume(ctx, report)
 		} else {
-			t := Target{Kind: Encrypting, Key: kekA, Epoch: x.epoch + 1}
+			t := Target{Kind: Encrypting, Key: kekA, Epoch: x.record.Epoch + 1}
 			if x.d.key != nil {
 				t = Target{Kind: Recrypting, Key: kekB}
 				if x.r.IntN(2) == 0 {
 					t = Target{Kind: Decrypting}
 				}
+			}
+			if t.Kind == Decrypting {
+				x.record.Encrypted = false
 			}
 			x.notef("convert: %s", t.Kind)
 			err = x.d.Convert(ctx, t, report)
@@ -211,7 +214,8 @@ func (x *torture) step() error {
 			err = nil
 		}
 		if err == nil && x.d.kind == NotConverting {
-			x.epoch = max(x.epoch, x.d.Info().Epoch) // as the VM's record does
+			i := x.d.Info()
+			x.record = Expect{Encrypted: i.Encrypted, Epoch: max(x.record.Epoch, i.Epoch)}
 		}
 		return err
 	}
@@ -222,7 +226,7 @@ func (x *torture) step() error {
 func (x *torture) run(crashes int) error {
 	spec := x.w.spec(x.size, keysafe.KeyID{})
 	if x.r.IntN(2) == 0 {
-		spec.Key, x.epoch = kekA, 1
+		spec.Key, x.record = kekA, Expect{true, 1}
 	}
 	spec.fs = x.fs
 	for {

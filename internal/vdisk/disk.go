@@ -22,17 +22,12 @@ const MaxSize = vmdk.MaxSize
 // cannot write: the VM's bundle or the inventory (rule E8). The zero Expect
 // expects nothing.
 //
-// A caller that converts a disk records Converting (and for an encryption
-// Encrypted) before it starts, and the disk's new Epoch without Converting when
-// Convert has returned.
+// A caller records Encrypted when an encryption has returned, and takes it back
+// before it starts a decryption; it records a new Epoch when the conversion that
+// made it has returned.
 type Expect struct {
-	// Encrypted: the disk must be encrypted, whole.
-	Encrypted bool
-	// Converting: an encryption or decryption was begun and its end is not yet
-	// recorded, so that the disk may be encrypted, in clear or in between.
-	Converting bool
-	// Epoch is the lowest epoch of an encrypted disk that is accepted.
-	Epoch uint64
+	Encrypted bool   // the disk must be encrypted, whole
+	Epoch     uint64 // the lowest that is accepted of an encrypted disk
 }
 
 // Options say how to open a disk.

@@ -70,8 +70,12 @@ var errLocked = errors.New("locked by another open file")
 type osFS struct{}
 
 func (osFS) Open(name string, flag int) (file, error) {
-	// O_NONBLOCK: a FIFO where a file should be must not hang us.
-	f, err := os.OpenFile(name, flag|unix.O_NONBLOCK|unix.O_NOCTTY, 0o600)
+	// A FIFO where a file should be must not hang us, nor a link lead us out of
+	// the VM's folder.
+	f, err := os.OpenFile(name, flag|unix.O_NONBLOCK|unix.O_NOCTTY|unix.O_NOFOLLOW, 0o600)
+	if errors.Is(err, unix.ELOOP) {
+		return nil, fmt.Errorf("%s is a symbolic link: the files of a disk are in its own folder; move the file there", name)
+	}
 	if err != nil {
 		return nil, err
 	}
@@ -93,7 +97,7 @@ func (osFS) Open(name string, flag int) (file, error) {
 
 func (osFS) Stat(name string) (fileStat, error) {
 	var st unix.Stat_t
-	if err := unix.Stat(name, &st); err != nil {
+	if err := unix.Lstat(name, &st); err != nil {
 		return fileStat{}, &os.PathError{Op: "stat", Path: name, Err: err}
 	}
 	return statOf(&st), nil

@@ -127,7 +127,7 @@ func extentName(path string, desc *vmdk.Descriptor) (string, error) {
 
 // openClear checks that a disk whose descriptor says so really is in clear.
 func (d *Disk) openClear() error {
-	if e := d.opts.Expect; e.Encrypted && !e.Converting {
+	if d.opts.Expect.Encrypted {
 		return &Error{Kind: ErrNotEncrypted, File: d.path, Why: "the VM's record says that this disk is encrypted, and the descriptor has no key safe", Fix: "restore the descriptor from a backup; " + untouched}
 	}
 	sf, err := openState(d.opts.fs, d.at, d.stateName(), false)
@@ -193,7 +193,7 @@ func (d *Disk) openEncrypted() error {
 	if err := d.matchState(enc); err != nil {
 		return err
 	}
-	if e := d.opts.Expect; e.Encrypted && !e.Converting && (d.kind == Encrypting || d.kind == Decrypting) {
+	if d.opts.Expect.Encrypted && (d.kind == Encrypting || d.kind == Decrypting) {
 		return &Error{Kind: ErrNotEncrypted, File: d.stateName(), Why: fmt.Sprintf("it says that the disk is in clear from byte %d on in the middle of a conversion, and the VM's record says that it is encrypted", d.state.cur.Load().boundary), Fix: "restore the state file from a backup of the same time as the extent"}
 	}
 	if d.state.cur.Load().hotLen > 0 && d.opts.ReadOnly {

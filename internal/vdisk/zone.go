@@ -3,7 +3,6 @@ package vdisk
 import (
 	"cmp"
 	"context"
-	"errors"
 	"fmt"
 	"slices"
 	"time"
@@ -96,7 +95,10 @@ func (d *Disk) convertLoop(ctx context.Context, report func(Progress)) error {
 	// The zone before z is durable.
 	if why := cmp.Or(z.failed, ctx.Err()); why != nil {
 		s := d.state.cur.Load()
-		return errors.Join(why, d.advance(s.boundary+s.hotLen))
+		if err := d.advance(s.boundary + s.hotLen); err != nil {
+			return err
+		}
+		return d.interrupt(why)
 	}
 	return d.advance(d.end())
 }
