@@ -18,6 +18,7 @@ import (
 	"strings"
 	"time"
 
+	"golang.org/x/sync/errgroup"
 	"golang.org/x/sys/unix"
 
 	"mortise/internal/domain"
@@ -143,25 +144,50 @@ func (m *Machine) start(ctx context.Context) error {
 		return err
 	}
 
-	m.say("kms", "starting")
-	if err := m.roles.start(ctx, m.kms()); err != nil {
-		return err
-	}
-	m.say("center", "starting")
-	if err := m.roles.start(ctx, m.center()); err != nil {
-		return err
-	}
+	// A fresh libvirtd takes seconds to find out what QEMU can do: all of them do
+	// it while the other roles start.
+	var virt errgroup.Group
 	for _, n := range m.nodes {
-		m.say(n.name, "starting, with a libvirtd of its own")
-		if err := m.startHost(ctx, n); err != nil {
-			return fmt.Errorf("host %s: %w", n.name, err)
-		}
+		m.say(n.name, "starting a libvirtd of its own")
+		virt.Go(func() (err error) {
+			if err := os.MkdirAll(n.run, 0o700); err != nil {
+				return err
+			}
+			n.virt, err = StartLibvirtd(ctx, LibvirtdConfig{Dir: filepath.Join(n.dir, "libvirt"), Name: n.name, Shared: []string{n.run}, Log: m.cfg.Logger})
+			return err
+		})
+	}
+	if err := errors.Join(m.startCore(ctx), virt.Wait()); err != nil {
+		return err
+	}
+	var hosts errgroup.Group
+	for _, n := range m.nodes {
+		m.say(n.name, "starting")
+		hosts.Go(func() error {
+			if err := m.startHost(ctx, n); err != nil {
+				return fmt.Errorf("host %s: %w", n.name, err)
+			}
+			return nil
+		})
+	}
+	if err := hosts.Wait(); err != nil {
+		return err
 	}
 	m.say("hosts", "connecting")
 	if err := m.waitConnected(ctx); err != nil {
 		return err
 	}
 	return m.announce()
+}
+
+// startCore starts what hosts need.
+func (m *Machine) startCore(ctx context.Context) error {
+	m.say("kms", "starting")
+	if err := m.roles.start(ctx, m.kms()); err != nil {
+		return err
+	}
+	m.say("center", "starting")
+	return m.roles.start(ctx, m.center())
 }
 
 // waitConnected waits until center has heard from every host what it has: only
@@ -197,14 +223,7 @@ func (m *Machine) waitConnected(ctx context.Context) error {
 	}
 }
 
-func (m *Machine) startHost(ctx context.Context, n *node) (err error) {
-	if err := os.MkdirAll(n.run, 0o700); err != nil {
-		return err
-	}
-	n.virt, err = StartLibvirtd(ctx, LibvirtdConfig{Dir: filepath.Join(n.dir, "libvirt"), Name: n.name, Shared: []string{n.run}, Log: m.cfg.Logger})
-	if err != nil {
-		return err
-	}
+func (m *Machine) startHost(ctx context.Context, n *node) error {
 	state := filepath.Join(n.dir, "state")
 	if err := os.MkdirAll(state, 0o700); err != nil {
 		return err
