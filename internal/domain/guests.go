@@ -106,12 +106,6 @@ func (c *Conn) Reset(ctx context.Context, id string) error {
 	return c.onGuest(ctx, id, func(v *libvirt.Libvirt, d libvirt.Domain) error { return v.DomainReset(d, 0) })
 }
 
-// Pause stops the guest's CPUs, for a disk that must not be written to any more.
-// QEMU waits for requests under way: serve the disks while calling it.
-func (c *Conn) Pause(ctx context.Context, id string) error {
-	return c.onGuest(ctx, id, func(v *libvirt.Libvirt, d libvirt.Domain) error { return v.DomainSuspend(d) })
-}
-
 // Resume lets a paused guest go on; QEMU repeats the requests that failed. When
 // the disk is not back yet the guest pauses again, so call it again, with a
 // pause between: it changes nothing when the guest runs.
