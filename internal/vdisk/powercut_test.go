@@ -128,7 +128,11 @@ func (p *powerFS) ReadFile(name string, limit int) ([]byte, error) {
 	if err != nil {
 		return nil, err
 	}
-	b := make([]byte, limit)
+	st, err := f.Stat()
+	if err != nil {
+		return nil, err
+	}
+	b := make([]byte, min(st.size, int64(limit)))
 	n, err := f.ReadAt(b, 0)
 	if errors.Is(err, io.EOF) {
 		err = nil
