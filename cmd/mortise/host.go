@@ -7,7 +7,9 @@ import (
 	"io/fs"
 	"net"
 	"os"
+	"os/user"
 	"path/filepath"
+	"strconv"
 	"strings"
 	"time"
 
@@ -26,6 +28,7 @@ type hostConfig struct {
 	Advertise     string           `toml:"advertise"`
 	Center        string           `toml:"center"`
 	LibvirtSocket string           `toml:"libvirt_socket"`
+	QEMUUser      string           `toml:"qemu_user"`
 	Datastores    []host.Datastore `toml:"datastore"`
 	logFlags
 }
@@ -91,6 +94,7 @@ A configuration file (TOML) may say what the flags say:
 	f.StringVar(&cfg.Center, "center", "", "with --join: host:port of center's join listener")
 	f.StringVar(&token, "join", "", "join with this token first, if this machine has not joined yet; @FILE reads it from a file")
 	f.StringVar(&cfg.LibvirtSocket, "libvirt-socket", domain.DefaultSocket, "libvirtd's socket")
+	f.StringVar(&cfg.QEMUUser, "qemu-user", "libvirt-qemu", "user that libvirt runs QEMU as (user in /etc/libvirt/qemu.conf)")
 	f.StringArrayVar(&stores, "datastore", nil, "NAME=PATH of a datastore; repeat for more")
 	f.BoolVar(&isDev, "dev", false, "")
 	_ = f.MarkHidden("dev")
@@ -138,6 +142,10 @@ func serveHost(ctx context.Context, cfg hostConfig, token string) error {
 	if err != nil {
 		return err
 	}
+	uid, gid, err := qemuUser(cfg.QEMUUser)
+	if err != nil {
+		return err
+	}
 	self, err := os.Executable()
 	if err != nil {
 		return err
@@ -150,7 +158,7 @@ func serveHost(ctx context.Context, cfg hostConfig, token string) error {
 	agent, err := host.Start(ctx, host.Config{
 		Name: member.Name, UUID: uuid, Version: version, RunDir: cfg.RunDir, Datastores: cfg.Datastores,
 		Executable: self, VMXArgs: []string{"vmx", "--log-format", cfg.Format, "--log-level", cfg.Level},
-		Guests: guests, Logger: log, Now: time.Now,
+		QEMUUID: uid, QEMUGID: gid, Guests: guests, Logger: log, Now: time.Now,
 	})
 	if err != nil {
 		return err
@@ -162,6 +170,20 @@ func serveHost(ctx context.Context, cfg hostConfig, token string) error {
 	}
 	log.Info("host is ready", "name", member.Name, "listen", l.Addr().String())
 	return host.Serve(ctx, l, member, agent)
+}
+
+// qemuUser finds the user whom a guest's sockets and files are handed to.
+func qemuUser(name string) (uid, gid int, err error) {
+	u, err := user.Lookup(name)
+	if err != nil {
+		return 0, 0, fmt.Errorf("--qemu-user: %w; install libvirt-daemon-system, or name the user in /etc/libvirt/qemu.conf", err)
+	}
+	uid, err = strconv.Atoi(u.Uid)
+	if err != nil {
+		return 0, 0, err
+	}
+	gid, err = strconv.Atoi(u.Gid)
+	return uid, gid, err
 }
 
 func joinHost(ctx context.Context, cfg hostConfig, token string) (*host.Membership, error) {

@@ -30,6 +30,8 @@ func vmxCommand() *cobra.Command {
 	}
 	cmd.Flags().StringVar(&cfg.VMX, "vmx", "", "path of the VM's VMX")
 	cmd.Flags().StringVar(&cfg.RunDir, "run-dir", "", "folder for sockets")
+	cmd.Flags().IntVar(&cfg.UID, "qemu-uid", 0, "user that QEMU runs as")
+	cmd.Flags().IntVar(&cfg.GID, "qemu-gid", 0, "its group")
 	log.bind(cmd.Flags())
 	return cmd
 }

@@ -234,7 +234,7 @@ func (m *Machine) startHost(ctx context.Context, n *node) error {
 	r := role{
 		name: n.name, ready: tcpReady(n.listen), log: m.log(n.name),
 		args: []string{"host", "serve", "--dev", "--state-dir", state, "--run-dir", n.run, "--listen", n.listen,
-			"--libvirt-socket", n.virt.Socket(), "--datastore", "datastore1=" + m.dir("datastore1"),
+			"--libvirt-socket", n.virt.Socket(), "--qemu-user", "root", "--datastore", "datastore1=" + m.dir("datastore1"),
 			"--center", m.cfg.Join, "--advertise", n.listen},
 	}
 	if _, err := host.LoadMembership(state); err != nil {

@@ -27,6 +27,8 @@ type Config struct {
 	Executable string   // the mortise binary, for vmx processes
 	VMXArgs    []string // what makes that binary a vmx: {"vmx"}
 	VMXEnv     []string // more environment for vmx processes; may be empty
+	QEMUUID    int      // of the user that libvirt runs QEMU as; 0: root
+	QEMUGID    int
 	Guests     Guests
 	Logger     *slog.Logger
 	Now        func() time.Time
@@ -58,7 +60,7 @@ func Start(ctx context.Context, cfg Config) (*Agent, error) {
 		cfg: cfg, log: cfg.Logger, keys: newKeyCache(cfg.Now), ctx: ctx, stop: stop,
 		machines: map[string]*machine{}, watchers: map[chan *hostapi.HostEvent]bool{},
 	}
-	if err := os.MkdirAll(a.vmDir(""), 0o700); err != nil {
+	if err := os.MkdirAll(a.vmDir(""), 0o711); err != nil {
 		stop()
 		return nil, fmt.Errorf("making the run folder: %w", err)
 	}

@@ -150,7 +150,7 @@ func (m *machine) withProcess(ctx context.Context, path string, f func(*process)
 
 func (m *machine) start(ctx context.Context, path string) (*process, error) {
 	dir := m.agent.vmDir(m.uuid)
-	if err := os.MkdirAll(dir, 0o700); err != nil {
+	if err := os.MkdirAll(dir, 0o711); err != nil {
 		return nil, err
 	}
 	m.mu.Lock()

@@ -4,6 +4,7 @@ import (
 	"context"
 	"fmt"
 	"path/filepath"
+	"strings"
 	"time"
 
 	"mortise/internal/domain"
@@ -11,7 +12,7 @@ import (
 	"mortise/internal/vmxfile"
 )
 
-func consoleSocket(runDir string) string { return filepath.Join(runDir, "console.sock") }
+func consoleSocket(runDir string) string { return filepath.Join(runDir, guestDir, "console.sock") }
 
 // powerOn opens the VM and starts its guest. With a failure nothing stays
 // behind: no process, no lock.
@@ -76,6 +77,13 @@ func (m *machine) spec(path string, st *hostapi.VMXStatus) (domain.Spec, error) 
 	spec, err := domain.FromVMX(dict, sockets)
 	if err != nil {
 		return domain.Spec{}, hostapi.Faultf(hostapi.Fault_INVALID, "%s: %w", path, err)
+	}
+	for i, d := range spec.Disks {
+		for _, served := range st.Disks {
+			if served.Controller == d.Place {
+				spec.Disks[i].Serial = strings.ReplaceAll(served.Uuid, "-", "")
+			}
+		}
 	}
 	spec.ConsoleSocket = consoleSocket(m.agent.vmDir(m.uuid))
 	spec.NVRAM = st.NvramPath

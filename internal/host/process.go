@@ -9,6 +9,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"strconv"
 	"syscall"
 	"time"
 
@@ -39,7 +40,7 @@ const maxSocketPath = 107
 // startProcess runs a vmx for the VM whose VMX is at vmxPath. runDir is its
 // own folder under the agent's run folder.
 func (a *Agent) startProcess(ctx context.Context, runDir, vmxPath string) (*process, error) {
-	if err := os.MkdirAll(runDir, 0o700); err != nil {
+	if err := os.MkdirAll(runDir, 0o711); err != nil {
 		return nil, fmt.Errorf("making the run folder of a vmx: %w", err)
 	}
 	sock := filepath.Join(runDir, controlSocket)
@@ -55,7 +56,7 @@ func (a *Agent) startProcess(ctx context.Context, runDir, vmxPath string) (*proc
 		return nil, fmt.Errorf("opening the VM's log: %w", err)
 	}
 	defer log.Close()
-	cmd := exec.Command(a.cfg.Executable, append(append([]string(nil), a.cfg.VMXArgs...), "--run-dir", runDir, "--vmx", vmxPath)...)
+	cmd := exec.Command(a.cfg.Executable, append(append([]string(nil), a.cfg.VMXArgs...), "--run-dir", runDir, "--vmx", vmxPath, "--qemu-uid", strconv.Itoa(a.cfg.QEMUUID), "--qemu-gid", strconv.Itoa(a.cfg.QEMUGID))...)
 	cmd.Stdout, cmd.Stderr = log, log
 	cmd.SysProcAttr = &syscall.SysProcAttr{Setsid: true}
 	cmd.Env = []string{"PATH=/usr/sbin:/usr/bin:/sbin:/bin", "LANG=C.UTF-8"}
@@ -182,12 +183,16 @@ func (p *process) end(ctx context.Context) error {
 	return err
 }
 
-// filesDir is where a vmx mounts the clear view of its VM's files.
-const filesDir = "files"
+// guestDir is the part of a vmx's run folder that QEMU uses, and filesDir in it
+// where the vmx mounts the clear view of its VM's files.
+const (
+	guestDir = "guest"
+	filesDir = "files"
+)
 
 // unmountFiles lets go of the FUSE mount that a vmx left behind: inside its
 // sandbox it may not unmount, and one that was killed could not.
 func unmountFiles(runDir string) {
-	for unix.Unmount(filepath.Join(runDir, filesDir), unix.MNT_DETACH) == nil {
+	for unix.Unmount(filepath.Join(runDir, guestDir, filesDir), unix.MNT_DETACH) == nil {
 	}
 }

@@ -198,7 +198,7 @@ func (m *machine) newKeys(want []keysafe.KeyID) ([]*hostapi.KEK, error) {
 
 // makeFolder makes a VM's folder; its parent must exist.
 func makeFolder(dir string) error {
-	if err := os.Mkdir(dir, 0o700); err != nil && !os.IsExist(err) {
+	if err := os.Mkdir(dir, 0o711); err != nil && !os.IsExist(err) {
 		return fmt.Errorf("making the VM's folder: %w", err)
 	}
 	parent, err := os.Open(filepath.Dir(dir))

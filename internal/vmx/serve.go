@@ -2,9 +2,11 @@ package vmx
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"log/slog"
 	"net"
+	"os"
 	"path/filepath"
 	"sync"
 	"time"
@@ -89,13 +91,30 @@ func (d device) BlockStatus(off, n int64, emit func(n int64, s nbd.Status) bool)
 	return d.Disk.BlockStatus(off, n, func(n int64, s vdisk.Status) bool { return emit(n, nbd.Status(s)) })
 }
 
-// filesDir is where the clear view of the VM's files is mounted, in the run
-// folder; the host agent unmounts it when this process has ended.
-const filesDir = "files"
+// guestDir is the part of the run folder that QEMU's user may enter: disk
+// sockets, the console's, and filesDir, where the clear view of the VM's files is
+// mounted. The host agent unmounts that when this process has ended.
+const (
+	guestDir = "guest"
+	filesDir = "files"
+)
+
+// handOver gives a file to the user that QEMU runs as.
+func (c Config) handOver(path string) error {
+	if c.UID == 0 && c.GID == 0 {
+		return nil
+	}
+	return os.Chown(path, c.UID, c.GID)
+}
 
 // startService serves the opened disks first and the files after: a guest that
 // runs already waits for its disks (design §4 Failure).
-func (v *vm) startService(o *opened, runDir string, log *slog.Logger) (_ *service, err error) {
+func (v *vm) startService(o *opened, cfg Config) (_ *service, err error) {
+	log := cfg.Logger
+	runDir := filepath.Join(cfg.RunDir, guestDir)
+	if err := errors.Join(os.MkdirAll(runDir, 0o700), cfg.handOver(runDir)); err != nil {
+		return nil, err
+	}
 	ctx, stop := context.WithCancel(context.Background())
 	s := &service{stop: stop}
 	defer func() {
@@ -107,6 +126,9 @@ func (v *vm) startService(o *opened, runDir string, log *slog.Logger) (_ *servic
 		sock := filepath.Join(runDir, fmt.Sprintf("disk%d.sock", i))
 		l, err := nbd.Listen(sock)
 		if err != nil {
+			return nil, err
+		}
+		if err := cfg.handOver(sock); err != nil {
 			return nil, err
 		}
 		srv := nbd.New(nbd.Options{Logger: log.With("disk", m.controller)})
@@ -125,7 +147,7 @@ func (v *vm) startService(o *opened, runDir string, log *slog.Logger) (_ *servic
 	folder := filepath.Dir(v.path)
 	if keysafe.IsEncrypted(f) {
 		folder = filepath.Join(runDir, filesDir)
-		if s.view, err = v.mountFiles(f, folder, log); err != nil {
+		if s.view, err = v.mountFiles(f, folder, cfg); err != nil {
 			return nil, err
 		}
 	}
@@ -143,7 +165,7 @@ func serveDisk(ctx context.Context, srv *nbd.Server, l net.Listener, log *slog.L
 
 // mountFiles shows the VM's encrypted files in clear, to its QEMU only. A new
 // file's DEK is in the bundle on disk before the file's first byte is.
-func (v *vm) mountFiles(f *vmxfile.File, at string, log *slog.Logger) (*vmfiles.View, error) {
+func (v *vm) mountFiles(f *vmxfile.File, at string, cfg Config) (*vmfiles.View, error) {
 	b, err := v.open(f)
 	if err != nil {
 		return nil, err
@@ -154,7 +176,7 @@ func (v *vm) mountFiles(f *vmxfile.File, at string, log *slog.Logger) (*vmfiles.
 		keys[name] = k
 	}
 	return vmfiles.Mount(vmfiles.Options{
-		Folder: filepath.Dir(v.path), Mount: at, Keys: keys, Log: log,
+		Folder: filepath.Dir(v.path), Mount: at, Keys: keys, Log: cfg.Logger, UID: cfg.UID, GID: cfg.GID,
 		NewKey: func(name string) (*secret.Key, error) {
 			key, err := secret.Random(v.random, keysafe.DEKSize(keysafe.CipherXTS))
 			if err != nil {

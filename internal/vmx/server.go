@@ -21,6 +21,8 @@ import (
 type Config struct {
 	VMX    string // path of the VM's VMX; its folder is the VM's
 	RunDir string // for its sockets and the mount of its files
+	UID    int    // of the user that QEMU runs as; 0: root
+	GID    int
 	Logger *slog.Logger
 }
 
@@ -121,7 +123,7 @@ func (s *server) Open(ctx context.Context, r *hostapi.OpenRequest) (*hostapi.VMX
 		}
 	}
 	if r.Serve {
-		if o.serve, err = s.vm.startService(o, s.cfg.RunDir, s.log); err != nil {
+		if o.serve, err = s.vm.startService(o, s.cfg); err != nil {
 			_ = o.closeDisks()
 			return nil, faultOf(err)
 		}
@@ -168,7 +170,7 @@ func (s *server) status() (*hostapi.VMXStatus, error) {
 	if o.serve != nil {
 		st.Serving, st.Disks, st.NvramPath = true, o.serve.served, o.serve.nvram
 		if o.serve.view != nil {
-			st.FilesMount = filepath.Join(s.cfg.RunDir, filesDir)
+			st.FilesMount = filepath.Join(s.cfg.RunDir, guestDir, filesDir)
 		}
 	}
 	return st, nil

@@ -99,7 +99,7 @@ func (l *lab) start() *proc {
 		l.Fatal(err)
 	}
 	l.Cleanup(func() {
-		_ = syscall.Unmount(filepath.Join(run, filesDir), syscall.MNT_DETACH)
+		_ = syscall.Unmount(filepath.Join(run, guestDir, filesDir), syscall.MNT_DETACH)
 		os.RemoveAll(run)
 	})
 	p := &proc{cmd: exec.Command(os.Args[0], l.path, run), log: &bytes.Buffer{}, run: run, done: make(chan error, 1)}
