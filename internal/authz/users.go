@@ -95,7 +95,7 @@ func (a *Authority) Bootstrap(ctx context.Context) (string, error) {
 	if err != nil {
 		return "", fmt.Errorf("authz: making the administrator: %w", err)
 	}
-	return password, nil
+	return password, a.store.Sync(ctx)
 }
 
 // CreateUser makes an account.

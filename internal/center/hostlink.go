@@ -49,6 +49,8 @@ type link struct {
 	stop context.CancelFunc
 	done chan struct{}
 
+	recording sync.Mutex // held while a VM's reported or answered state is recorded: they stay in order
+
 	mu     sync.Mutex // guards what follows
 	client hostapi.HostClient
 	up     chan struct{}     // closed while there is a client

@@ -218,6 +218,8 @@ func (c *Center) runPowerOff(ctx context.Context, run *task.Run, vm *inventory.V
 
 // afterPower records what a power operation's answer says.
 func (c *Center) afterPower(ctx context.Context, l *link, mark uint64, ref Ref, info *hostapi.VMInfo) error {
+	l.recording.Lock()
+	defer l.recording.Unlock()
 	was := inventory.PoweredOff
 	vm, err := c.inv.EditVM(ctx, ref, func(vm *inventory.VM) error {
 		was = vm.Power

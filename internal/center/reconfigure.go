@@ -102,6 +102,7 @@ func (c *Center) reconfigure(ctx context.Context, run *task.Run, vm *inventory.V
 			release = append(release, c.inv.Release(inventory.ClaimName(vm.Parent, vm.Name)))
 		}
 	}
+	at.recording.Lock()
 	err = c.saveVM(ctx, run, "done", data, vm.Ref, func(n *inventory.VM) error {
 		takeInfo(n, info)
 		takeCrypto(n, info)
@@ -110,6 +111,7 @@ func (c *Center) reconfigure(ctx context.Context, run *task.Run, vm *inventory.V
 		at.runtimeAfter(mark, n, info.GetRuntime())
 		return nil
 	}, release...)
+	at.recording.Unlock()
 	if err != nil {
 		return err
 	}

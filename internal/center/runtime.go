@@ -4,7 +4,6 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"reflect"
 	"slices"
 	"time"
 
@@ -29,6 +28,8 @@ func (c *Center) vmByUUID(uuid string) *inventory.VM {
 
 // vmChanged takes over what a host says of a VM while it is placed there.
 func (l *link) vmChanged(ctx context.Context, r *hostapi.VMRuntime) {
+	l.recording.Lock()
+	defer l.recording.Unlock()
 	l.mu.Lock()
 	l.events[r.GetUuid()]++
 	l.mu.Unlock()
@@ -109,17 +110,18 @@ func applyRuntime(vm *inventory.VM, r *hostapi.VMRuntime) {
 	}
 }
 
-// runtimeMark remembers how many reports a VM has made, before a call that
-// changes it.
+// runtimeMark remembers how many reports of a VM were taken over, before a call
+// that changes it.
 func (l *link) runtimeMark(uuid string) uint64 {
 	l.mu.Lock()
 	defer l.mu.Unlock()
 	return l.events[uuid]
 }
 
-// runtimeAfter takes over the runtime in a call's answer unless the host has
-// reported the VM since mark: the report may be the newer one, and the next
-// report corrects an older one.
+// runtimeAfter takes over the runtime in a call's answer unless a report of the
+// VM has been taken over since mark: the report may be the newer one, and the
+// next report corrects an older one. The caller holds recording until the record
+// is written.
 func (l *link) runtimeAfter(mark uint64, vm *inventory.VM, r *hostapi.VMRuntime) {
 	if r != nil && l.runtimeMark(vm.UUID) == mark {
 		applyRuntime(vm, r)
@@ -155,6 +157,3 @@ func cloneVM(vm *inventory.VM) *inventory.VM {
 	n.Hardware.NICs = slices.Clone(vm.Hardware.NICs)
 	return &n
 }
-
-// sameVM tells whether two records of a VM say the same.
-func sameVM(a, b *inventory.VM) bool { return reflect.DeepEqual(a, b) }
