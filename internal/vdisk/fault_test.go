@@ -101,8 +101,18 @@ func TestFailedSyncIsFinal(t *testing.T) {
 			t.Errorf("%s after a failed flush: %v", verb, err)
 		}
 	}
+	if err := d.Failed(); !errors.Is(err, syscall.EIO) {
+		t.Errorf("Failed says %v", err)
+	}
 	d.Close()
-	open(t, path, w.options())
+	d = open(t, path, w.options())
+	if err := d.Failed(); err != nil {
+		t.Errorf("Failed of a disk that is well: %v", err)
+	}
+	d.Close()
+	if err := d.Failed(); err != nil {
+		t.Errorf("Failed of a closed disk: %v", err)
+	}
 }
 
 // A disk that runs full while it is converted says so, loses nothing, serves all
