@@ -55,7 +55,7 @@ func (k *KMS) Session(ctx context.Context, instanceID string, cert *x509.Certifi
 	if err := valid(cert, k.now()); err != nil {
 		return nil, fmt.Errorf("kms: %q, SHA-256 %x: %w", cert.Subject, sum, err)
 	}
-	return &Session{k: k, inst: inst, Client: e.Value.Name}, nil
+	return &Session{k: k, inst: inst, synced: true, Client: e.Value.Name}, nil
 }
 
 func valid(cert *x509.Certificate, now time.Time) error {

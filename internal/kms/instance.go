@@ -125,10 +125,9 @@ func unwrapInstance(root RootKey, id string, r instanceRecord) (_ *instance, err
 	return i, nil
 }
 
-func (i *instance) wipe() {
-	i.nameKey.Wipe()
-	clear(i.seals)
-}
+// wipe leaves the seals alone: the store may still be decoding with them, and
+// Go has no way to zero what a cipher.AEAD has expanded.
+func (i *instance) wipe() { i.nameKey.Wipe() }
 
 // nameIndex is where the index of names has a name: by a keyed hash, for a name
 // is sealed wherever it is stored.

@@ -71,8 +71,8 @@ type KMS struct {
 }
 
 // Open loads the KMS that s holds, or makes a new one. root must be the root
-// key that made it. The store and the root key stay the caller's to close,
-// after the KMS.
+// key that made it, and is used by Open only. Store and root key stay the
+// caller's to close, the store after the KMS.
 func Open(ctx context.Context, s *store.Store, root RootKey, o Options) (*KMS, error) {
 	if o.Logger == nil {
 		o.Logger = slog.New(slog.DiscardHandler)
@@ -115,7 +115,7 @@ func openWith(ctx context.Context, s *store.Store, instances map[string]*instanc
 	return k, nil
 }
 
-// Close ends the background work and wipes the instance keys. Sessions must not
+// Close ends the background work and wipes what keys it can. Sessions must not
 // be used any more.
 func (k *KMS) Close() {
 	k.stop()

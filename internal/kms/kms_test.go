@@ -4,6 +4,7 @@ import (
 	"bufio"
 	"bytes"
 	"context"
+	"encoding/base64"
 	"encoding/hex"
 	"errors"
 	"fmt"
@@ -608,7 +609,7 @@ func scan(t *testing.T, dir string, needles [][]byte) {
 		}
 		total += bytes.Count(b, []byte("/object/default/"))
 		for i, n := range needles {
-			for _, form := range [][]byte{n, []byte(hex.EncodeToString(n))} {
+			for _, form := range [][]byte{n, []byte(hex.EncodeToString(n)), []byte(base64.StdEncoding.EncodeToString(n))} {
 				if bytes.Contains(b, form) {
 					t.Errorf("needle %d is in clear in %s", i, path)
 				}

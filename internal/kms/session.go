@@ -15,10 +15,13 @@ import (
 )
 
 // A Session is what one client may do: the operations on the objects of its own
-// instance. [KMS.Session] makes it. All its errors are an *[Error].
+// instance. [KMS.Session] makes it, for one request: it sees everything that was
+// committed before it was made, its own writes, and perhaps more. It is for one
+// goroutine. All its errors are an *[Error].
 type Session struct {
 	k      *KMS
 	inst   *instance
+	synced bool   // the cache holds all that this session must see
 	Client string // the client's label, for logs
 }
 
@@ -151,6 +154,7 @@ func (s *Session) add(ctx context.Context, o *object, key *secret.Key) (string, 
 			ops = append(ops, s.k.names.Create(s.inst.nameIndex(a.Value), id.String()))
 		}
 	}
+	s.synced = false
 	if _, err := s.k.store.Commit(ctx, ops...); err != nil {
 		if errors.Is(err, store.ErrExists) {
 			return "", &Error{kmip.ResultReasonInvalidField, "another object has this name", err}
@@ -371,6 +375,7 @@ func (s *Session) change(ctx context.Context, id string, f func(*object, time.Ti
 		}
 		o.LastChange = now
 		err = s.k.write(ctx, e, &o, ops...)
+		s.synced = false
 		switch {
 		case err == nil:
 			return nil
@@ -393,9 +398,13 @@ func (s *Session) read(ctx context.Context, id string) (store.Entry[*object], er
 	if id == "" {
 		return store.Entry[*object]{}, Refuse(kmip.ResultReasonItemNotFound, "no identifier is given, and none comes from earlier in the batch")
 	}
-	e, err := s.k.objects.Get(ctx, s.at(id))
-	if err != nil {
-		return e, AsError(err)
+	e, ok := s.k.objects.Peek(s.at(id))
+	if !s.synced || !ok { // Get also says what is wrong
+		var err error
+		if e, err = s.k.objects.Get(ctx, s.at(id)); err != nil {
+			return e, AsError(err)
+		}
+		s.synced = true
 	}
 	e.Value = e.Value.settled(s.now())
 	return e, nil

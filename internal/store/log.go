@@ -9,9 +9,10 @@ import (
 )
 
 // zapTo returns a zap logger that writes to log. etcd is talkative: its
-// informational lines become debug lines.
+// informational lines become debug lines. What it calls fatal, a failed fsync
+// for one, panics instead of ending the process without a trace.
 func zapTo(log *slog.Logger) *zap.Logger {
-	return zap.New(&slogCore{log.With("part", "etcd")})
+	return zap.New(&slogCore{log.With("part", "etcd")}, zap.WithFatalHook(zapcore.WriteThenPanic))
 }
 
 type slogCore struct{ log *slog.Logger }

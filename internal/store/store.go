@@ -21,9 +21,11 @@ import (
 	"net/url"
 	"os"
 	"path/filepath"
+	"runtime"
 	"sync"
 	"time"
 
+	"go.etcd.io/bbolt"
 	clientv3 "go.etcd.io/etcd/client/v3"
 	"go.etcd.io/etcd/server/v3/embed"
 	"go.etcd.io/etcd/server/v3/etcdserver/api/v3client"
@@ -87,7 +89,7 @@ func Open(ctx context.Context, cfg Config) (*Store, error) {
 		return nil, err
 	}
 	s := &Store{log: log, lock: lock}
-	s.etcd, err = embed.StartEtcd(etcdConfig(cfg, log))
+	s.etcd, err = startEtcd(etcdConfig(cfg, log))
 	if err != nil {
 		lock.Close()
 		return nil, fmt.Errorf("store: starting etcd in %s: %w", cfg.Dir, err)
@@ -111,6 +113,33 @@ func Open(ctx context.Context, cfg Config) (*Store, error) {
 	s.done.Go(func() { s.follow(run) })
 	s.done.Go(func() { s.watchQuota(run) })
 	return s, nil
+}
+
+// startEtcd turns etcd's way of giving up on damaged files, a panic, into an
+// error. Its database it opens on a goroutine of its own, where nobody can
+// recover; so that file is tried first.
+func startEtcd(cfg *embed.Config) (e *embed.Etcd, err error) {
+	const damaged = "its files are damaged (restore a backup, or move the folder away)"
+	defer func() {
+		switch p := recover().(type) {
+		case nil:
+		case runtime.Error: // etcd stumbling over its own giving up
+			err = errors.New(damaged + "; etcd's log lines say more")
+		default:
+			err = fmt.Errorf("%s: %v", damaged, p)
+		}
+	}()
+	path := filepath.Join(cfg.Dir, "member", "snap", "db")
+	if _, err := os.Stat(path); err == nil {
+		db, err := bbolt.Open(path, 0o600, &bbolt.Options{ReadOnly: true, Timeout: time.Second})
+		if err != nil {
+			return nil, fmt.Errorf("%s: %s: %w", damaged, path, err)
+		}
+		if err := db.Close(); err != nil {
+			return nil, fmt.Errorf("trying %s: %w", path, err)
+		}
+	}
+	return embed.StartEtcd(cfg)
 }
 
 // etcdConfig has no client listener: the only client is in this process. While

@@ -395,6 +395,44 @@ func TestLock(t *testing.T) {
 	open(t, dir)
 }
 
+// TestDamagedFiles: a folder that etcd cannot read is an error, not a crash.
+func TestDamagedFiles(t *testing.T) {
+	dir := t.TempDir()
+	s := open(t, dir)
+	vms := collection(t, s, "vm", JSON[vm](1))
+	for i := range 50 {
+		commit(t, s, vms.Put(fmt.Sprint(i), vm{Rev: i}))
+	}
+	s.Close()
+	for _, what := range []string{"wal/*.wal", "snap/db"} {
+		bad := t.TempDir() // a process that failed to open a folder does not get to try again
+		if err := os.CopyFS(bad, os.DirFS(dir)); err != nil {
+			t.Fatal(err)
+		}
+		files, err := filepath.Glob(filepath.Join(bad, "etcd", "member", what))
+		if err != nil || len(files) == 0 {
+			t.Fatalf("no %s: %v", what, err)
+		}
+		b, err := os.ReadFile(files[0])
+		if err != nil {
+			t.Fatal(err)
+		}
+		for i := range min(len(b), 16<<10) {
+			b[i] ^= 0x55
+		}
+		if err := os.WriteFile(files[0], b, 0o600); err != nil {
+			t.Fatal(err)
+		}
+		if s, err := Open(t.Context(), Config{Dir: bad, Name: "m1"}); err == nil || !strings.Contains(err.Error(), bad) {
+			t.Errorf("damaged %s: %v", what, err)
+			s.Close()
+		} else {
+			t.Log(err)
+		}
+	}
+	open(t, dir)
+}
+
 // writeForever is the child: it prints each key once it is acknowledged.
 func writeForever(dir string) {
 	ctx := context.Background()

@@ -43,7 +43,11 @@ func (c *conn) serve() {
 	err := stream.HandshakeContext(ctx)
 	cancel()
 	if err != nil {
-		c.s.log.Info("kmip: handshake failed", "from", c.from, "error", err)
+		log := c.s.log.Info
+		if errors.Is(err, io.EOF) { // vCenter's health poll connects and says nothing
+			log = c.s.log.Debug
+		}
+		log("kmip: handshake failed", "from", c.from, "error", err)
 		return
 	}
 	defer stream.Close()
