@@ -88,6 +88,9 @@ func (h *hub) run(ctx context.Context) {
 			for _, ref := range refs {
 				h.changed(ref)
 			}
+			// Managers and history collectors sum up everything; events have no
+			// record in the inventory but come with changes.
+			h.mark(h.singleton, "")
 		}
 		at, h.revision = now, now
 		close(h.moved)
@@ -142,7 +145,6 @@ func (h *hub) changed(ref inventory.Ref) {
 	if had != have || before.to != after.to {
 		h.reselect(h.viewing)
 	}
-	h.mark(h.singleton, "")
 	if had && have && before.name != after.name {
 		h.renamed(ref)
 	}
@@ -197,6 +199,20 @@ func (h *hub) reselect(filters map[*filter]struct{}) {
 		f.again = true
 		f.pc.wake()
 	}
+}
+
+// outside marks filters that report something outside the inventory.
+func (h *hub) outside() {
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	h.mark(h.singleton, "")
+}
+
+// viewed makes filters select anew that go through a view.
+func (h *hub) viewed() {
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	h.reselect(h.viewing)
 }
 
 // again makes a filter select anew at its next turn.

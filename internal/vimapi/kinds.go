@@ -68,6 +68,9 @@ func kindTable() map[string]*kind {
 	all["PropertyCollector"] = newKind("PropertyCollector", collectorProps())
 	all["PropertyFilter"] = newKind("PropertyFilter", filterProps())
 	all["ContainerView"] = newKind("ContainerView", containerViewProps())
+	all["ListView"] = newKind("ListView", listViewProps())
+	all["TaskHistoryCollector"] = newKind("TaskHistoryCollector", taskHistoryProps())
+	all["EventHistoryCollector"] = newKind("EventHistoryCollector", eventHistoryProps())
 	for _, k := range singletons() {
 		all[k.name] = k
 	}

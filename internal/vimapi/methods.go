@@ -35,7 +35,7 @@ func (m method) small() method { m.limit = anonymousLimit; return m }
 
 func methodTable() map[string]*method {
 	all := map[string]*method{}
-	for _, rows := range [][]method{coreMethods()} {
+	for _, rows := range [][]method{coreMethods(), vmMethods(), taskMethods(), eventMethods(), cryptoMethods(), pbmMethods(), mortiseMethods()} {
 		for _, m := range rows {
 			all[m.namespace+" "+m.name] = &m
 		}
@@ -69,7 +69,10 @@ func coreMethods() []method {
 		row("PropertyCollector", "CancelWaitForUpdates", "", (*call).cancelWaitForUpdates).small(),
 
 		row("ViewManager", "CreateContainerView", "", (*call).createContainerView).small(),
-		row("ManagedObjectView", "DestroyView", "", (*call).destroyView).small(),
+		row("ViewManager", "CreateListView", "", (*call).createListView),
+		row("ListView", "ModifyListView", "", (*call).modifyListView),
+		row("ListView", "ResetListView", "", (*call).resetListView),
+		row("View", "DestroyView", "", (*call).destroyView).small(),
 
 		row("SearchIndex", "FindByUuid", "", (*call).findByUUID).small(),
 		row("SearchIndex", "FindAllByUuid", "", (*call).findAllByUUID).small(),

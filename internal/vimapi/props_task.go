@@ -11,7 +11,15 @@ import (
 )
 
 func taskProps() map[string]prop {
-	return map[string]prop{"info": on(func(_ *reader, t *task.Record) any { return taskInfo(t) })}
+	return map[string]prop{"info": func(_ *reader, o object) any {
+		switch t := o.of.(type) {
+		case *task.Record:
+			return taskInfo(t)
+		case *localTask:
+			return t.snapshot()
+		}
+		return nil
+	}}
 }
 
 // taskInfo shows a task. Its stage and bytes are in the description and in the

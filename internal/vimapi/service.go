@@ -1,16 +1,20 @@
 package vimapi
 
 import (
+	"context"
+	"strings"
+
 	"github.com/vmware/govmomi/vim25/types"
 
 	"mortise/internal/authz"
 	"mortise/internal/inventory"
+	"mortise/internal/vimapi/vimext"
 )
 
 // singletons are the objects that there is one of, outside the inventory.
 func singletons() []*kind {
 	open := func(k *kind) *kind { k.open = true; return k }
-	return []*kind{
+	return append(pbmSingletons(), []*kind{
 		open(newSingleton("ServiceInstance", "ServiceInstance", map[string]prop{
 			"content":     always(func(r *reader) any { return r.s.content() }),
 			"serverClock": always(func(r *reader) any { return r.s.clock().UTC() }),
@@ -32,12 +36,26 @@ func singletons() []*kind {
 		newSingleton("TaskManager", "TaskManager", map[string]prop{
 			"recentTask":   always(func(r *reader) any { return morefs(r.recentTasks(200)) }),
 			"maxCollector": always(func(*reader) any { return int32(maxOwned) }),
+			"description": always(func(*reader) any {
+				return types.TaskDescription{MethodInfo: []types.BaseElementDescription{}, State: []types.BaseElementDescription{}, Reason: []types.BaseTypeDescription{}}
+			}),
+		}),
+		newSingleton("EventManager", "EventManager", map[string]prop{
+			"maxCollector": always(func(*reader) any { return int32(maxOwned) }),
+			"description":  always(func(*reader) any { return eventDescription() }),
+			"latestEvent":  always((*reader).latestEvent),
+		}),
+		newSingleton("CryptoManagerKmip", "CryptoManager", cryptoProps()),
+		newSingleton(vimext.ManagerType, vimext.ManagerType, nil),
+		newSingleton("AuthorizationManager", "AuthorizationManager", map[string]prop{
+			"roleList":      always((*reader).roles),
+			"privilegeList": always(func(*reader) any { return privilegeList() }),
 		}),
 		newSingleton("OptionManager", "VpxSettings", map[string]prop{
 			"supportedOption": always(func(*reader) any { return []types.OptionDef{} }),
 			"setting":         always(func(*reader) any { return []types.BaseOptionValue{} }),
 		}),
-	}
+	}...)
 }
 
 func sessionManagerProps() map[string]prop {
@@ -83,11 +101,58 @@ func (s *Server) content() types.ServiceContent {
 	return types.ServiceContent{
 		RootFolder: moref(inventory.RootFolder), PropertyCollector: propertyCollectorRef(), About: s.about(),
 		ViewManager: one("ViewManager", "ViewManager"), SessionManager: one("SessionManager", "SessionManager"),
-		SearchIndex: one("SearchIndex", "SearchIndex"), TaskManager: one("TaskManager", "TaskManager"),
-		Setting: one("OptionManager", "VpxSettings"),
+		SearchIndex: one("SearchIndex", "SearchIndex"), EventManager: one("EventManager", "EventManager"),
+		CryptoManager: one("CryptoManagerKmip", "CryptoManager"), AuthorizationManager: one("AuthorizationManager", "AuthorizationManager"),
+		TaskManager: one("TaskManager", "TaskManager"),
+		Setting:     one("OptionManager", "VpxSettings"),
 	}
 }
 
 func (c *call) retrieveServiceContent(*types.RetrieveServiceContent) (*types.RetrieveServiceContentResponse, error) {
 	return &types.RetrieveServiceContentResponse{Returnval: c.s.content()}, nil
+}
+
+// eventDescription tells the categories of events.
+func eventDescription() types.EventDescription {
+	var d types.EventDescription
+	for _, c := range []string{"info", "warning", "error", "user"} {
+		d.Category = append(d.Category, &types.ElementDescription{Description: types.Description{Label: c, Summary: c}, Key: c})
+	}
+	d.EventInfo = []types.EventDescriptionEventDetail{}
+	return d
+}
+
+func (r *reader) latestEvent() any {
+	list, err := r.s.center.Events(context.Background(), r.principal(), 0, 1)
+	if err != nil {
+		return err
+	}
+	if len(list) == 0 {
+		return nil
+	}
+	return r.toEvent(&list[len(list)-1])
+}
+
+// roles lists the built-in roles; those of the administrator's own making are
+// not shown yet.
+func (r *reader) roles() any {
+	list := []types.AuthorizationRole{}
+	for _, role := range authz.BuiltinRoles() {
+		list = append(list, types.AuthorizationRole{
+			RoleId: role.ID, System: true, Name: role.Name, Info: &types.Description{Label: role.Label, Summary: role.Label}, Privilege: role.Privileges,
+		})
+	}
+	return list
+}
+
+func privilegeList() []types.AuthorizationPrivilege {
+	list := []types.AuthorizationPrivilege{}
+	for _, id := range authz.Privileges() {
+		group, name := "", id
+		if i := strings.LastIndexByte(id, '.'); i >= 0 {
+			group, name = id[:i], id[i+1:]
+		}
+		list = append(list, types.AuthorizationPrivilege{PrivId: id, Name: name, PrivGroupName: group})
+	}
+	return list
 }

@@ -2,6 +2,7 @@ package vimapi
 
 import (
 	"slices"
+	"sync"
 
 	"github.com/vmware/govmomi/vim25/types"
 
@@ -44,12 +45,90 @@ func (c *call) createContainerView(q *types.CreateContainerView) (*types.CreateC
 }
 
 func (c *call) destroyView(q *types.DestroyView) (*types.DestroyViewResponse, error) {
-	v, err := ownedBy[*containerView](c, q.This)
+	o, _ := c.client.get(q.This)
+	switch o.(type) {
+	case *containerView, *listView:
+		c.client.disown(q.This)
+		return &types.DestroyViewResponse{}, nil
+	}
+	return nil, objectNotFound(q.This)
+}
+
+// listView is a ListView: objects that the client has listed.
+type listView struct {
+	ref types.ManagedObjectReference
+	mu  sync.Mutex
+	on  []types.ManagedObjectReference
+}
+
+func (v *listView) list() []types.ManagedObjectReference {
+	v.mu.Lock()
+	defer v.mu.Unlock()
+	return slices.Clone(v.on)
+}
+
+// change removes and adds objects, and returns those to be added that are not
+// there.
+func (v *listView) change(r *reader, add, remove []types.ManagedObjectReference) (missing []types.ManagedObjectReference, err error) {
+	v.mu.Lock()
+	defer v.mu.Unlock()
+	have := map[types.ManagedObjectReference]bool{}
+	list := slices.DeleteFunc(slices.Clone(v.on), func(m types.ManagedObjectReference) bool { return slices.Contains(remove, m) })
+	for _, m := range list {
+		have[m] = true
+	}
+	for _, m := range add {
+		o, ok := r.lookup(m)
+		switch {
+		case !ok || r.may(authz.View, o) != nil:
+			missing = append(missing, m)
+		case !have[m]:
+			have[m] = true
+			list = append(list, m)
+		}
+	}
+	if len(list) > maxObjects {
+		return nil, fault(&types.LimitExceeded{}, "a list view holds at most %d objects", maxObjects)
+	}
+	v.on = list
+	r.s.hub.outside()
+	r.s.hub.viewed()
+	return missing, nil
+}
+
+func (c *call) createListView(q *types.CreateListView) (*types.CreateListViewResponse, error) {
+	o, err := c.client.own("ListView", func(ref types.ManagedObjectReference) any { return &listView{ref: ref} })
 	if err != nil {
 		return nil, err
 	}
-	c.client.disown(v.ref)
-	return &types.DestroyViewResponse{}, nil
+	v := o.(*listView)
+	if _, err := v.change(c.reader(), q.Obj, nil); err != nil {
+		c.client.disown(v.ref)
+		return nil, err
+	}
+	return &types.CreateListViewResponse{Returnval: v.ref}, nil
+}
+
+func (c *call) modifyListView(q *types.ModifyListView) (*types.ModifyListViewResponse, error) {
+	v, err := ownedBy[*listView](c, q.This)
+	if err != nil {
+		return nil, err
+	}
+	missing, err := v.change(c.reader(), q.Add, q.Remove)
+	return &types.ModifyListViewResponse{Returnval: missing}, err
+}
+
+func (c *call) resetListView(q *types.ResetListView) (*types.ResetListViewResponse, error) {
+	v, err := ownedBy[*listView](c, q.This)
+	if err != nil {
+		return nil, err
+	}
+	missing, err := v.change(c.reader(), q.Obj, v.list())
+	return &types.ResetListViewResponse{Returnval: missing}, err
+}
+
+func listViewProps() map[string]prop {
+	return map[string]prop{"view": on(func(_ *reader, v *listView) any { return v.list() })}
 }
 
 func containerViewProps() map[string]prop {

@@ -16,11 +16,7 @@ package vimapi
 
 import (
 	"context"
-	"crypto/tls"
-	"errors"
-	"fmt"
 	"log/slog"
-	"net"
 	"net/http"
 	"sync"
 	"time"
@@ -28,6 +24,7 @@ import (
 	"mortise/internal/authz"
 	"mortise/internal/center"
 	"mortise/internal/inventory"
+	"mortise/internal/vimapi/vimext"
 )
 
 // Options of a [Server]. The zero value works.
@@ -49,8 +46,9 @@ type authority interface {
 	View() *inventory.View
 }
 
-// Server is the API. It is an http.Handler; its methods may be called
-// concurrently.
+// Server is the API. It is an http.Handler, for an http.Server with TLS, bounded
+// headers and a header timeout, but without read and write timeouts; HTTP/2 must
+// be off for the console's WebSocket. Its methods may be called concurrently.
 type Server struct {
 	opt     Options
 	log     *slog.Logger
@@ -64,6 +62,7 @@ type Server struct {
 	fields  fieldCache
 	clients clients
 	hub     *hub
+	ctx     context.Context // ends with Close
 	stop    context.CancelFunc
 	running sync.WaitGroup
 }
@@ -86,7 +85,7 @@ func newServer(auth authority, opt Options) *Server {
 		opt.Version = "0"
 	}
 	ctx, stop := context.WithCancel(context.Background())
-	s := &Server{opt: opt, log: opt.Logger, clock: opt.Clock, auth: auth, view: auth.View(), stop: stop, methods: methodTable(), kinds: kindTable()}
+	s := &Server{opt: opt, log: opt.Logger, clock: opt.Clock, auth: auth, view: auth.View(), ctx: ctx, stop: stop, methods: methodTable(), kinds: kindTable()}
 	s.clients.init(s)
 	s.hub = newHub(s)
 	s.mux = http.NewServeMux()
@@ -96,8 +95,8 @@ func newServer(auth authority, opt Options) *Server {
 	s.mux.HandleFunc("GET /sdk/vimServiceVersions.xml", s.serveVersions)
 	s.mux.HandleFunc("POST /pbm", s.serveSOAP)
 	s.mux.HandleFunc("POST /pbm/sdk", s.serveSOAP)
-	s.mux.HandleFunc("PUT "+importPath, s.serveImport)
-	s.mux.HandleFunc("GET "+consolePath, s.serveConsole)
+	s.mux.HandleFunc("PUT "+vimext.ImportPath, s.serveImport)
+	s.mux.HandleFunc("GET "+vimext.ConsolePath, s.serveConsole)
 	s.running.Go(func() { s.hub.run(ctx) })
 	s.running.Go(func() { s.clients.sweep(ctx) })
 	return s
@@ -125,40 +124,9 @@ func (s *Server) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 	s.mux.ServeHTTP(w, r)
 }
 
-// Limits of the HTTPS listener. Handlers set the deadlines of bodies and
-// answers, because calls that wait for updates and the data paths have their own.
+// Deadlines that handlers set for themselves: calls that wait for updates and
+// the data paths have none or other ones, so the listener cannot.
 const (
-	headerTimeout = 10 * time.Second
-	idleTimeout   = 5 * time.Minute
-	maxHeader     = 64 << 10
 	bodyTimeout   = 30 * time.Second // to read a SOAP body
 	answerTimeout = 2 * time.Minute  // to write a SOAP answer
-	stopTimeout   = 5 * time.Second
 )
-
-// Serve answers on l, over TLS, until ctx ends. It closes l.
-func (s *Server) Serve(ctx context.Context, l net.Listener, conf *tls.Config) error {
-	conf = conf.Clone()
-	conf.MinVersion = max(conf.MinVersion, tls.VersionTLS12)
-	conf.NextProtos = []string{"http/1.1"} // WebSockets and read deadlines need it
-	web := &http.Server{
-		Handler: s, ReadHeaderTimeout: headerTimeout, IdleTimeout: idleTimeout, MaxHeaderBytes: maxHeader,
-		ErrorLog: slog.NewLogLogger(s.log.Handler(), slog.LevelDebug),
-	}
-	stopped := make(chan struct{})
-	context.AfterFunc(ctx, func() {
-		defer close(stopped)
-		s.clients.closeAll()
-		end, cancel := context.WithTimeout(context.Background(), stopTimeout)
-		defer cancel()
-		if web.Shutdown(end) != nil {
-			web.Close()
-		}
-	})
-	err := web.Serve(tls.NewListener(l, conf))
-	if errors.Is(err, http.ErrServerClosed) && ctx.Err() != nil {
-		<-stopped
-		return nil
-	}
-	return fmt.Errorf("vimapi: serving on %s: %w", l.Addr(), err)
-}
