@@ -325,6 +325,11 @@ func (v *vm) attachDisk(ctx context.Context, a *hostapi.AttachDisk) error {
 	if _, err := v.member(info.UUID); err == nil {
 		return nil // an earlier call got here
 	}
+	if f, err := loadVMX(v.path); err != nil {
+		return err
+	} else if info.Encrypted && !keysafe.IsEncrypted(f) {
+		return hostapi.Faultf(hostapi.Fault_INVALID, "%s is encrypted and VM %s is not: encrypt the VM first, or decrypt the disk where it belongs (E6)", path, v.id)
+	}
 	d, err := v.openDisk(ctx, member{path: path, id: info.UUID, want: vdisk.Expect{Encrypted: info.Encrypted}}, true)
 	if err != nil {
 		return err
@@ -333,9 +338,6 @@ func (v *vm) attachDisk(ctx context.Context, a *hostapi.AttachDisk) error {
 		return err
 	}
 	return v.edit(func(f *vmxfile.File, b *keysafe.Bundle) error {
-		if info.Encrypted && b == nil {
-			return hostapi.Faultf(hostapi.Fault_INVALID, "%s is encrypted and VM %s is not: encrypt the VM first, or decrypt the disk where it belongs (E6)", path, v.id)
-		}
 		at, err := place(f, a.Controller)
 		if err != nil {
 			return err

@@ -567,6 +567,72 @@ func (l *lab) tree() string {
 	return b.String()
 }
 
+// TestAttachedDisks: a disk in clear joins and leaves a VM; one that is encrypted
+// joins neither a VM in clear (E6) nor another VM (E8).
+func TestAttachedDisks(t *testing.T) {
+	other := newLab(t)
+	other.create(other.key("k1"), other.key("k1"))
+	for _, c := range []struct {
+		name string
+		home bool
+		kind hostapi.Fault_Kind
+		want string
+	}{
+		{"VM in clear", false, hostapi.Fault_INVALID, "E6"},
+		{"another encrypted VM", true, hostapi.Fault_TAMPERED, "another disk or VM"},
+	} {
+		l := newLab(t)
+		l.keks = other.keks
+		var home *hostapi.KeyID
+		if c.home {
+			home = l.key("k1")
+		}
+		l.create(home, home)
+		dir := filepath.Dir(l.path)
+		text, err := os.ReadFile(filepath.Join(filepath.Dir(other.path), "web1.vmdk"))
+		if err != nil {
+			t.Fatal(err)
+		}
+		text = bytes.ReplaceAll(text, []byte("web1-flat"), []byte("stolen-flat"))
+		for name, b := range map[string][]byte{"stolen.vmdk": text} {
+			if err := os.WriteFile(filepath.Join(dir, name), b, 0o600); err != nil {
+				t.Fatal(err)
+			}
+		}
+		for _, s := range []string{"-flat.vmdk", "-flat.vmdk.state"} {
+			b, err := os.ReadFile(filepath.Join(filepath.Dir(other.path), "web1"+s))
+			if err != nil {
+				t.Fatal(err)
+			}
+			if err := os.WriteFile(filepath.Join(dir, "stolen"+s), b, 0o600); err != nil {
+				t.Fatal(err)
+			}
+		}
+		p := l.start()
+		_, err = l.reconfigure(p, &hostapi.ReconfigureVMRequest{Ref: l.ref(), AttachDisks: []*hostapi.AttachDisk{{Path: "web1/stolen.vmdk"}}})
+		if err == nil {
+			t.Fatalf("%s: the disk was attached", c.name)
+		}
+		if f, text := hostapi.AsFault(err); f.Kind != c.kind || !strings.Contains(text, c.want) {
+			t.Errorf("%s: kind %v, %q; want %v and %q", c.name, f.Kind, text, c.kind, c.want)
+		}
+		l.stop(p)
+
+		// A new disk, encrypted where the VM is, comes and goes.
+		id := uuid.NewString()
+		info := l.must(&hostapi.ReconfigureVMRequest{Ref: l.ref(), AddDisks: []*hostapi.NewDisk{{Uuid: id, CapacityBytes: 1 << 20, KeyId: home}}})
+		if len(info.Disks) != 2 || info.Disks[1].Encrypted != c.home {
+			t.Errorf("%s: after adding a disk: %v", c.name, info.Disks)
+		}
+		if info = l.must(&hostapi.ReconfigureVMRequest{Ref: l.ref(), RemoveDiskUuids: []string{id}, DeleteRemoved: true}); len(info.Disks) != 1 {
+			t.Errorf("%s: after removing it: %v", c.name, info.Disks)
+		}
+		if _, err := os.Stat(filepath.Join(dir, info.Disks[0].Path)); err != nil {
+			t.Error(err)
+		}
+	}
+}
+
 // TestLockedOut: two processes never have one disk open.
 func TestLockedOut(t *testing.T) {
 	l := newLab(t)
