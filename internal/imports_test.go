@@ -16,7 +16,7 @@ var level = map[string]int{
 	"secret": 0, "xts": 0, "atomicfile": 0, "vmxfile": 0,
 	"keysafe": 1, "vmdk": 1, "vdisk": 1, "nbd": 1, "vmfiles": 1, "domain": 1, "rootkey": 1, "store": 1, "kmipc": 1, "pki": 1,
 	"kms": 2, "kms/kmipd": 2, "provider": 2, "provider/standard": 2, "inventory": 2, "policy": 2, "authz": 2, "task": 2, "event": 2, "hostapi": 2,
-	"vmx": 3, "host": 3, "center": 3,
+	"vmx": 3, "host": 3, "center": 3, "vimapi/vimext": 3,
 	"vimapi": 4, "cli": 4, "dev": 4,
 }
 
@@ -46,6 +46,7 @@ var forbidden = map[string][]string{
 	"nbd":    {"net/http", "go.etcd.io/", "github.com/ovh/kmip-go", "google.golang.org/grpc"},
 	"center": {"github.com/vmware/govmomi"},
 	"kms":    {"mortise/internal/inventory", "mortise/internal/hostapi"},
+	"cli":    {"mortise/internal/center", "mortise/internal/host"},
 }
 
 func TestImportDirection(t *testing.T) {

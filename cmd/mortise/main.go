@@ -14,6 +14,8 @@ import (
 	"syscall"
 
 	"github.com/spf13/cobra"
+
+	"mortise/internal/cli"
 )
 
 func main() {
@@ -67,6 +69,7 @@ mortise center serve, mortise host serve.`,
 		&cobra.Group{ID: "role", Title: "Roles:"},
 	)
 	root.AddCommand(devCommand(), kmsCommand(), centerCommand(), hostCommand(), vmxCommand())
+	cli.Add(root)
 	return root
 }
 
