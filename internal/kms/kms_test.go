@@ -387,7 +387,8 @@ func TestAttributes(t *testing.T) {
 
 // TestNames: a name belongs to one living object at a time.
 func TestNames(t *testing.T) {
-	s := start(t, t.TempDir()).session()
+	f := start(t, t.TempDir())
+	s := f.session()
 	ctx := t.Context()
 	find := func(name string) []string {
 		ids, _, err := s.Locate(ctx, Query{Attributes: []kmip.Attribute{named(name)}})
@@ -426,7 +427,7 @@ func TestNames(t *testing.T) {
 	won := make(chan string, 8)
 	for range 8 {
 		wg.Go(func() {
-			if id, err := s.Create(ctx, kmip.ObjectTypeSymmetricKey, aes256(named("race"))); err == nil {
+			if id, err := f.session().Create(ctx, kmip.ObjectTypeSymmetricKey, aes256(named("race"))); err == nil {
 				won <- id
 			}
 		})
@@ -724,9 +725,9 @@ func createForever(dir string) {
 	fail(err)
 	k, err := Open(ctx, st, r, Options{})
 	fail(err)
-	s := &Session{k: k, inst: k.instances[DefaultInstance]}
 	for range 4 {
 		go func() {
+			s := &Session{k: k, inst: k.instances[DefaultInstance]}
 			for {
 				id, err := s.Create(ctx, kmip.ObjectTypeSymmetricKey, aes256())
 				fail(err)
