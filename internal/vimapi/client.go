@@ -28,12 +28,10 @@ type client struct {
 	ended chan struct{} // closed when the session is over
 	once  sync.Once
 
-	mu      sync.Mutex
-	owned   map[types.ManagedObjectReference]any // *collector, *filter, *containerView, *history
-	pages   map[string]*page
-	std     *collector // the collector that every session has
-	calls   int64
-	message string
+	mu    sync.Mutex
+	owned map[types.ManagedObjectReference]any // *collector, *filter, *containerView, *history
+	pages map[string]*page
+	std   *collector // the collector that every session has
 }
 
 // clients are the sessions that have owned something, by session key.
@@ -164,7 +162,7 @@ func ownedBy[T any](c *call, ref types.ManagedObjectReference) (T, error) {
 	return t, nil
 }
 
-// list returns what the session owns of a kind of Go type.
+// owned lists what the session owns of a Go type.
 func owned[T any](c *client) []T {
 	c.mu.Lock()
 	defer c.mu.Unlock()

@@ -14,6 +14,9 @@ import (
 // maxEvents bounds the events that are looked through for one call.
 const maxEvents = 10_000
 
+// vimEvents begins the types of events that vSphere has classes for.
+const vimEvents = "vim.event."
+
 func eventMethods() []method {
 	return []method{
 		row("EventManager", "QueryEvents", "", (*call).queryEvents).small(),
@@ -27,7 +30,7 @@ func eventMethods() []method {
 // EventEx for all others.
 func (r *reader) toEvent(e *event.Event) types.BaseEvent {
 	var v types.BaseEvent
-	if name, ok := strings.CutPrefix(e.Type, "vim.event."); ok {
+	if name, ok := strings.CutPrefix(e.Type, vimEvents); ok {
 		if t, ok := types.TypeFunc()(name); ok {
 			v, _ = reflect.New(t).Interface().(types.BaseEvent)
 		}
@@ -85,7 +88,7 @@ func (r *reader) eventMatches(f *types.EventFilterSpec, e *event.Event) bool {
 	if len(f.EventTypeId) > 0 || len(f.Type) > 0 {
 		match := false
 		for _, id := range append(append([]string{}, f.EventTypeId...), f.Type...) {
-			match = match || id == e.Type || "vim.event."+id == e.Type
+			match = match || id == e.Type || vimEvents+id == e.Type
 		}
 		if !match {
 			return false

@@ -176,11 +176,11 @@ func (r *reader) lookup(ref types.ManagedObjectReference) (object, bool) {
 func (c *call) lookup(ref types.ManagedObjectReference) (object, bool) { return c.reader().lookup(ref) }
 
 // guard is the entity whose permissions count for an object; "" for what needs
-// a session only.
-func guard(o object) inventory.Ref {
+// a session only. A task whose entity is gone counts as the root folder's.
+func (r *reader) guard(o object) inventory.Ref {
 	switch rec := o.of.(type) {
 	case *task.Record:
-		if rec.Entity.Kind() == "" {
+		if _, ok := r.view.Get(rec.Entity); !ok {
 			return inventory.RootFolder
 		}
 		return rec.Entity
@@ -190,7 +190,8 @@ func guard(o object) inventory.Ref {
 	return ""
 }
 
-// may tells whether the reader has a privilege on an object.
+// may tells whether the reader has a privilege on an object. Everybody sees the
+// tasks that are their own.
 func (r *reader) may(privilege string, o object) error {
 	if r.session == nil {
 		if o.kind.open {
@@ -199,7 +200,10 @@ func (r *reader) may(privilege string, o object) error {
 		ref := o.ref
 		return fault(&types.NotAuthenticated{NoPermission: types.NoPermission{Object: &ref, PrivilegeId: privilege}}, "the session is not authenticated: log in first")
 	}
-	entity := guard(o)
+	if t, ok := o.of.(*task.Record); ok && t.User == r.principal().User {
+		return nil
+	}
+	entity := r.guard(o)
 	if entity == "" {
 		return nil
 	}

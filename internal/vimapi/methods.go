@@ -72,7 +72,7 @@ func coreMethods() []method {
 		row("ViewManager", "CreateListView", "", (*call).createListView),
 		row("ListView", "ModifyListView", "", (*call).modifyListView),
 		row("ListView", "ResetListView", "", (*call).resetListView),
-		row("View", "DestroyView", "", (*call).destroyView).small(),
+		row("", "DestroyView", "", (*call).destroyView).small(),
 
 		row("SearchIndex", "FindByUuid", "", (*call).findByUUID).small(),
 		row("SearchIndex", "FindAllByUuid", "", (*call).findAllByUUID).small(),

@@ -177,6 +177,9 @@ func (c *call) associated(o pbm.PbmServerObjectRef) (id policy.ID, encrypted boo
 	if err != nil || d == nil {
 		return "", false, invalidArgument("entity", "VM %q has no disk %q", vm.Name, clip(disk))
 	}
+	if d.Profile == "" {
+		return vm.Profile, d.Encrypted, nil // it follows the VM (E6)
+	}
 	return d.Profile, d.Encrypted, nil
 }
 

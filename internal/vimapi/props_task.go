@@ -1,7 +1,6 @@
 package vimapi
 
 import (
-	"strings"
 	"time"
 
 	"github.com/vmware/govmomi/vim25/types"
@@ -52,14 +51,32 @@ func taskInfo(t *task.Record) types.TaskInfo {
 	return info
 }
 
-// methodOf makes "VirtualMachine.powerOn" the method's name, PowerOnVM_Task,
-// as far as it is one.
+// methodOf is the method that a task of a name came from; empty when it is none
+// of vSphere's. pyVmomi fails at a name that it does not know.
 func methodOf(name string) string {
-	_, verb, ok := strings.Cut(name, ".")
-	if !ok || verb == "" {
-		return ""
+	switch name {
+	case "Folder.createVm":
+		return "CreateVM_Task"
+	case "Folder.registerVm":
+		return "RegisterVM_Task"
+	case "VirtualMachine.reconfigure":
+		return "ReconfigVM_Task"
+	case "VirtualMachine.powerOn":
+		return "PowerOnVM_Task"
+	case "VirtualMachine.powerOff":
+		return "PowerOffVM_Task"
+	case "VirtualMachine.reset":
+		return "ResetVM_Task"
+	case "VirtualMachine.destroy", "HostSystem.destroy":
+		return "Destroy_Task"
+	case "VirtualMachine.cryptoUnlock":
+		return "CryptoUnlock_Task"
+	case "Datacenter.powerOnVm":
+		return "PowerOnMultiVM_Task"
+	case "CryptoManagerKmip.retrieveKmipServersStatus":
+		return "RetrieveKmipServersStatus_Task"
 	}
-	return strings.ToUpper(verb[:1]) + verb[1:] + "_Task"
+	return ""
 }
 
 func optionalTime(t time.Time) *time.Time {

@@ -316,7 +316,6 @@ func (r *reader) read(f *filterSpec, o object) result {
 // the recent tasks of a VM. They are computed at most once by a reader.
 type relations struct {
 	vms    map[inventory.Ref][]inventory.Ref // of a host, a datastore, a pool, a network
-	hosts  map[inventory.Ref][]inventory.Ref // of a cluster
 	recent map[inventory.Ref][]inventory.Ref // tasks of an entity
 }
 

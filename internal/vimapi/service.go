@@ -7,6 +7,7 @@ import (
 	"github.com/vmware/govmomi/vim25/types"
 
 	"mortise/internal/authz"
+	"mortise/internal/event"
 	"mortise/internal/inventory"
 	"mortise/internal/vimapi/vimext"
 )
@@ -118,7 +119,13 @@ func eventDescription() types.EventDescription {
 	for _, c := range []string{"info", "warning", "error", "user"} {
 		d.Category = append(d.Category, &types.ElementDescription{Description: types.Description{Label: c, Summary: c}, Key: c})
 	}
-	d.EventInfo = []types.EventDescriptionEventDetail{}
+	for name, category := range map[string]string{
+		event.LoginSuccess: "info", event.LoginFailure: "warning", event.VMCreated: "info", event.VMRegistered: "info", event.VMReconfigured: "info",
+		event.VMRemoved: "info", event.VMPoweredOn: "info", event.VMPoweredOff: "info", event.VMReset: "info", event.VMGuestShutdown: "info",
+	} {
+		key := strings.TrimPrefix(name, vimEvents)
+		d.EventInfo = append(d.EventInfo, types.EventDescriptionEventDetail{Key: key, Category: category, Description: key})
+	}
 	return d
 }
 

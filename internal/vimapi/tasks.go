@@ -136,6 +136,9 @@ func (r *reader) within(entity inventory.Ref, top types.ManagedObjectReference, 
 	if entity == root {
 		return self
 	}
+	if below && root == inventory.RootFolder {
+		return true // also what is not there any more
+	}
 	for at, depth := entity, 0; below && depth < maxDepth; depth++ {
 		parent, ok := r.view.Parent(at)
 		if !ok {

@@ -2,6 +2,7 @@ package vimapi
 
 import (
 	"reflect"
+	"slices"
 	"strconv"
 	"strings"
 	"sync"
@@ -90,6 +91,22 @@ func (v apiVersion) prune(fields *fieldCache, value reflect.Value) {
 	}
 }
 
+// addedIn70 lists fields, among those that this server fills in, which came with
+// version 7.0, where govmomi's tags begin.
+func addedIn70(typeName string) []string {
+	switch typeName {
+	case "KmipClusterInfo":
+		return []string{"managementType", "useAsEntityDefault"}
+	case "CryptoManagerKmipClusterStatus":
+		return []string{"managementType", "overallStatus"}
+	case "ClusterConfigInfoEx":
+		return []string{"cryptoConfig"}
+	case "VirtualMachineConfigSummary", "VirtualMachineGuestSummary":
+		return []string{"hwVersion"}
+	}
+	return nil
+}
+
 // fieldCache knows the fields of struct types.
 type fieldCache struct {
 	types sync.Map // reflect.Type → []field
@@ -120,6 +137,9 @@ func (c *fieldCache) of(t reflect.Type) []field {
 			}
 		}
 		n.since, _ = dotted(f.Tag.Get("vim"))
+		if slices.Contains(addedIn70(t.Name()), n.name) {
+			n.since = apiVersion{7}
+		}
 		switch f.Type.Kind() {
 		case reflect.Pointer, reflect.Interface, reflect.Struct, reflect.Slice:
 			n.deep = true
