@@ -17,7 +17,7 @@ var level = map[string]int{
 	"keysafe": 1, "vmdk": 1, "vdisk": 1, "nbd": 1, "vmfiles": 1, "domain": 1, "rootkey": 1, "store": 1, "kmipc": 1, "pki": 1,
 	"kms": 2, "kms/kmipd": 2, "provider": 2, "provider/standard": 2, "inventory": 2, "policy": 2, "authz": 2, "task": 2, "event": 2, "hostapi": 2,
 	"vmx": 3, "host": 3, "center": 3, "vimapi/vimext": 3,
-	"vimapi/vimext": 3, "vimapi": 4, "cli": 4, "dev": 4,
+	"vimapi": 4, "cli": 4, "dev": 4,
 }
 
 // allowed lists the imports inside one level that the design names: the data

@@ -91,5 +91,6 @@ type fetchRequest struct {
 }
 
 type fetchResponse struct {
+	//lint:ignore SA5008 govmomi's XML package knows typeattr
 	Returnval types.AnyType `xml:"returnval,omitempty,typeattr"`
 }
