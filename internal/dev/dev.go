@@ -23,6 +23,7 @@ import (
 
 	"mortise/internal/domain"
 	"mortise/internal/host"
+	"mortise/internal/pki"
 )
 
 // MarkFile in a role's state folder makes it one of a development machine.
@@ -300,9 +301,15 @@ func (m *Machine) announce() error {
 	if err != nil && !errors.Is(err, os.ErrNotExist) {
 		return err
 	}
+	chain, err := pki.LoadCertificates(filepath.Join(m.dir("center"), "api.pem"))
+	if err != nil {
+		return err
+	}
+	thumbprint := pki.Thumbprint(chain[0])
 	w := m.cfg.Out
 	fmt.Fprintf(w, "\nMortise runs on this machine.\n\n")
 	fmt.Fprintf(w, "  vSphere API     https://%s/sdk\n", m.cfg.API)
+	fmt.Fprintf(w, "  its thumbprint  %s\n", thumbprint)
 	fmt.Fprintf(w, "  KMIP            %s\n", m.cfg.KMIP)
 	for _, n := range m.nodes {
 		fmt.Fprintf(w, "  host %-10s %s   virsh -c 'qemu+unix:///system?socket=%s'\n", n.name, n.listen, n.virt.Socket())

@@ -104,10 +104,11 @@ grep -q 'Ctrl-C stops everything' "$work/dev.log" || sleep 1
 sed -n '/vSphere API/,/logs/p' "$work/dev.log" | sed 's/^/    /'
 password=$(sed -n 's/^ *password *\([^ ]*\).*/\1/p' "$work/dev.log")
 api=$(sed -n 's/^ *vSphere API *\(.*\)\/sdk/\1/p' "$work/dev.log")
+thumbprint=$(sed -n 's/^ *its thumbprint *//p' "$work/dev.log")
 kmip=$(sed -n 's/^ *KMIP *//p' "$work/dev.log")
 kms_socket=$(sed -n 's/.*--kms-admin-socket \(.*\)/\1/p' "$work/dev.log")
 [[ -n $password && -n $api ]] || fail "mortise dev did not say how to log in"
-MORTISE_PASSWORD=$password "$mortise" login "$api" --yes >/dev/null
+MORTISE_PASSWORD=$password "$mortise" login "$api" --thumbprint "$thumbprint" >/dev/null
 ok "logged in to the vSphere API at $api"
 run host ls
 

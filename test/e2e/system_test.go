@@ -40,7 +40,7 @@ func startMachine(t *testing.T, base int) *machine {
 	dir := shortDir(t)
 	m := &machine{T: t, bin: binary(t), state: filepath.Join(dir, "s"), base: base}
 	m.start()
-	m.must("login", fmt.Sprintf("https://127.0.0.1:%d", base), "--yes")
+	m.login()
 	m.must("provider", "add", "kms1", fmt.Sprintf("127.0.0.1:%d", base+2))
 	m.must("provider", "trust", "kms1", "--yes", "--kms-admin-socket", m.socket("kms"))
 	m.must("provider", "default", "kms1")
@@ -102,6 +102,15 @@ func (m *machine) stop() {
 			m.Fatal("mortise dev does not end on Ctrl-C")
 		}
 	}
+}
+
+func (m *machine) login() {
+	m.Helper()
+	m.must("login", fmt.Sprintf("https://127.0.0.1:%d", m.base), "--thumbprint", m.thumbprint())
+}
+
+func (m *machine) thumbprint() string {
+	return regexp.MustCompile(`thumbprint +(\S+)`).FindStringSubmatch(m.out.String())[1]
 }
 
 func (m *machine) socket(role string) string {
@@ -295,7 +304,7 @@ func TestSystem(t *testing.T) {
 		good := m.password
 		m.password = "wrong"
 		defer func() { m.password = good }()
-		m.refused("password|user name", "login", fmt.Sprintf("https://127.0.0.1:%d", m.base), "--yes")
+		m.refused("password|user name", "login", fmt.Sprintf("https://127.0.0.1:%d", m.base), "--thumbprint", m.thumbprint())
 	})
 	m.must("vm", "import", raw, "--name", "data")
 	if len(m.leaks([]byte("KNOWN-PLAINTEXT-OF-A-SYSTEM-TEST"))) == 0 {
@@ -352,7 +361,7 @@ func TestSystem(t *testing.T) {
 	t.Run("second start resumes the same state", func(t *testing.T) {
 		m.stop()
 		m.start()
-		m.must("login", fmt.Sprintf("https://127.0.0.1:%d", m.base), "--yes")
+		m.login()
 		if err := m.encrypted("data", true); err != nil {
 			t.Fatal(err)
 		}
