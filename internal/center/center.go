@@ -125,6 +125,9 @@ func (c *Center) load(ctx context.Context) (err error) {
 		return err
 	}
 	c.links = newLinks(c)
+	if err := c.unreached(ctx); err != nil {
+		return err
+	}
 	c.tasks, err = task.NewEngine(ctx, task.Config{Inventory: c.inv, Logger: c.log, Clock: c.now, Failpoint: c.cfg.Failpoint}, c.handlers())
 	if err != nil {
 		return err

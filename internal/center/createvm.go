@@ -34,6 +34,8 @@ type createData struct {
 	Keys  keyPlan      `json:"keys,omitempty"`
 	Slots []string     `json:"slots,omitempty"` // key slot of each disk; empty: in clear
 	Begun bool         `json:"begun,omitempty"` // the host may have written something
+
+	Failed *Fault `json:"failed,omitempty"` // why it is being undone
 }
 
 // CreateVM makes a VM, encrypted from its first byte if its policy or spec says
@@ -133,10 +135,9 @@ func (c *Center) planCreate(ctx context.Context, p Principal, spec CreateVMSpec)
 		return fail(err)
 	}
 	vm.Path = dir + "/" + path.Base(dir) + ".vmx"
-	claims := []store.Op{
-		c.inv.Take(inventory.ClaimName(vm.Parent, vm.Name), vm.Ref),
-		c.inv.Take(inventory.ClaimUUID(vm.UUID), vm.Ref),
-		c.inv.Take(inventory.ClaimPath(ds.Ref, dir), vm.Ref),
+	var claims []store.Op
+	for _, claim := range claimsOf(&vm) {
+		claims = append(claims, c.inv.Take(claim, vm.Ref))
 	}
 	return &createData{VM: vm, Dir: dir, Keys: keys, Slots: slots}, claims, nil
 }
@@ -468,11 +469,20 @@ func (c *Center) createVM(ctx context.Context, run *task.Run) error {
 	if err := run.Load(&data); err != nil {
 		return err
 	}
+	if data.Failed != nil { // a former process got here: there is no way back to creating
+		return c.undoCreate(ctx, run, &data)
+	}
 	err := c.create(ctx, run, &data)
 	if err == nil || run.Stopping(ctx) {
 		return err
 	}
-	return c.undoCreate(context.WithoutCancel(ctx), run, &data, err)
+	ctx, stop := undoing(ctx, run)
+	defer stop()
+	data.Failed = canceledFault(run, err)
+	if err := run.Save(ctx, "undo", data); err != nil {
+		return err
+	}
+	return c.undoCreate(ctx, run, &data)
 }
 
 func (c *Center) create(ctx context.Context, run *task.Run, data *createData) error {
@@ -564,7 +574,7 @@ func (c *Center) created(vm *inventory.VM, info *hostapi.VMInfo) error {
 
 // undoCreate removes what a failed creation left: files of a VM that never was,
 // claims, the keys' copies on the host. The keys stay at their provider.
-func (c *Center) undoCreate(ctx context.Context, run *task.Run, data *createData, why error) error {
+func (c *Center) undoCreate(ctx context.Context, run *task.Run, data *createData) error {
 	vm := &data.VM
 	if data.Begun {
 		left := c.removeHalfMade(ctx, run, data)
@@ -574,12 +584,17 @@ func (c *Center) undoCreate(ctx context.Context, run *task.Run, data *createData
 		}
 		c.dropKeys(ctx, vm.Host, vm.UUID, data.Keys.ids())
 	}
-	c.orphaned(ctx, run, vm.Parent, data.Keys, why)
-	release := []store.Op{c.inv.Release(inventory.ClaimName(vm.Parent, vm.Name)), c.inv.Release(inventory.ClaimUUID(vm.UUID)), c.inv.Release(inventory.ClaimPath(vm.Datastore, data.Dir))}
-	if err := c.inv.Commit(ctx, release...); err != nil && !errors.Is(err, store.ErrNotFound) {
-		c.log.Warn("the name of a VM that was not created is still taken", "vm", vm.Name, "error", err)
+	c.orphaned(ctx, run, vm.Parent, data.Keys, data.Failed)
+	for _, claim := range claimsOf(vm) {
+		owner, taken, err := c.inv.Owner(ctx, claim)
+		if err == nil && taken && owner == vm.Ref {
+			err = c.inv.Commit(ctx, c.inv.Release(claim))
+		}
+		if err != nil {
+			c.log.Warn("the name of a VM that was not created is still taken", "claim", claim, "error", err)
+		}
 	}
-	return why
+	return data.Failed
 }
 
 // removeHalfMade has the host delete the files of a VM that could not be

@@ -183,10 +183,10 @@ func (s *links) wait(ctx context.Context, host Ref, atMost time.Duration, doing 
 
 // run calls the host again and again, ever more slowly while it fails.
 func (l *link) run(ctx context.Context) {
-	failures, pause, lost := 0, firstRetry, false
+	failures, pause := 0, firstRetry
 	for ctx.Err() == nil {
 		began := l.c.now()
-		synced, err := l.session(ctx, func() { failures, pause, lost = 0, firstRetry, false })
+		synced, err := l.session(ctx, func() { failures, pause = 0, firstRetry })
 		l.down()
 		if ctx.Err() != nil {
 			return
@@ -195,8 +195,7 @@ func (l *link) run(ctx context.Context) {
 		if synced {
 			l.c.log.Info("connection to host ended", "host", l.host, "after", l.c.now().Sub(began).Round(time.Second), "error", err)
 		}
-		if failures >= lostAfter && !lost {
-			lost = true
+		if failures >= lostAfter {
 			l.lost(ctx, err)
 		}
 		select {
@@ -207,16 +206,38 @@ func (l *link) run(ctx context.Context) {
 	}
 }
 
+// justStarted is the problem of a host that a former process of center was
+// connected to, until it answers or is given up.
+const justStarted = "center has just started and has not reached it yet"
+
+// unreached marks, when center starts, the hosts that were connected.
+func (c *Center) unreached(ctx context.Context) error {
+	for _, ref := range c.view.All(inventory.KindHost) {
+		err := editIfChanged(ctx, c, c.inv.Hosts, ref, func(h *inventory.Host) {
+			if h.Connection == inventory.Connected {
+				h.Connection, h.Problem = inventory.NotResponding, justStarted
+			}
+		})
+		if err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
 // lost records that the host does not answer.
 func (l *link) lost(ctx context.Context, err error) {
 	_, why := hostapi.AsFault(err)
-	was := ""
+	news := false
 	h, eerr := l.c.inv.EditHost(ctx, l.host, func(h *inventory.Host) error {
-		was = h.Connection
+		news = h.Connection == inventory.Connected || h.Problem == justStarted
+		if !news && h.Problem == why {
+			return errSaid
+		}
 		h.Connection, h.Problem = inventory.NotResponding, why
 		return nil
 	})
-	if eerr != nil || was != inventory.Connected {
+	if eerr != nil || !news {
 		return
 	}
 	l.c.events.Post(ctx, Event{Type: event.HostLost, Severity: event.Warning, Entity: l.host,
@@ -321,22 +342,22 @@ func (l *link) describe(ctx context.Context, client hostapi.HostClient) error {
 
 // connected lets commands through.
 func (l *link) connected(ctx context.Context, client hostapi.HostClient) error {
-	was := ""
+	l.mu.Lock()
+	l.client = client // before the record says so: who reads it may command
+	close(l.up)
+	l.mu.Unlock()
+	news := false
 	h, err := l.c.inv.EditHost(ctx, l.host, func(h *inventory.Host) error {
-		was = h.Connection
+		news = h.Connection != inventory.Connected && h.Problem != justStarted
 		h.Connection, h.Problem = inventory.Connected, ""
 		return nil
 	})
 	if err != nil {
 		return err
 	}
-	if was != inventory.Connected {
+	if news {
 		l.c.events.Post(ctx, Event{Type: event.HostConnected, Entity: l.host, Message: fmt.Sprintf("Host %q is connected", h.Name)})
 	}
-	l.mu.Lock()
-	defer l.mu.Unlock()
-	l.client = client
-	close(l.up)
 	return nil
 }
 

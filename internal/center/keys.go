@@ -232,6 +232,7 @@ func (l *link) syncKeys(ctx context.Context, client hostapi.HostClient) (complet
 			return false, err
 		}
 	}
+	c.dropOvertaken(ctx, l.host, need)
 	for _, vm := range vms {
 		if vm.KeyID == nil {
 			continue
@@ -246,6 +247,18 @@ func (l *link) syncKeys(ctx context.Context, client hostapi.HostClient) (complet
 		c.reportFailed(ctx, host, failed)
 	}
 	return len(failed) == 0, nil
+}
+
+// dropOvertaken wipes what was sent for a VM that was removed, or lost the key,
+// while the keys were on their way.
+func (c *Center) dropOvertaken(ctx context.Context, host Ref, sent uses) {
+	for id, uuids := range sent {
+		for _, uuid := range uuids {
+			if vm := c.vmByUUID(uuid); vm == nil || vm.Host != host || !slices.Contains(vm.Keys(), id) {
+				c.dropKeys(ctx, host, uuid, []KeyID{id})
+			}
+		}
+	}
 }
 
 // reportFailed says once for each try which keys cannot be had, and why.

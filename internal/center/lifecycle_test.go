@@ -178,7 +178,9 @@ func TestReconfigureRules(t *testing.T) {
 	try := func(ref inventory.Ref, s center.ReconfigureSpec) (inventory.Ref, error) {
 		return w.c.ReconfigureVM(ctx, w.p, ref, s)
 	}
-	crypto := func(k center.CryptoKind) center.ReconfigureSpec { return center.ReconfigureSpec{Crypto: center.CryptoSpec{Kind: k}} }
+	crypto := func(k center.CryptoKind) center.ReconfigureSpec {
+		return center.ReconfigureSpec{Crypto: center.CryptoSpec{Kind: k}}
+	}
 	none, gold := policy.DatastoreDefault, policy.VMEncryption
 	for _, c := range []struct {
 		what string
@@ -214,8 +216,7 @@ func TestReconfigureRules(t *testing.T) {
 		{"no such network", enc, center.ReconfigureSpec{Hardware: center.HardwareSpec{NICs: []inventory.NIC{{Key: 4000, Network: "dmz"}}}}, task.NotFound, "", "dmz"},
 	} {
 		t.Run(c.what, func(t *testing.T) {
-			v := *w
-			v.t = t
+			v := &world{t: t, c: w.c}
 			ref, err := try(c.ref, c.spec)
 			if f := v.fails(c.kind, c.says, ref, err); f.MessageKey != c.key && c.key != "" {
 				t.Errorf("message key %q, want %q", f.MessageKey, c.key)

@@ -31,6 +31,9 @@ type reconfigureData struct {
 
 	Old   []KeyID `json:"old,omitempty"`   // keys before
 	Begun bool    `json:"begun,omitempty"` // the host may have changed something
+	Done  bool    `json:"done,omitempty"`  // and the record says what
+
+	Failed *Fault `json:"failed,omitempty"` // why it has ended early
 }
 
 type attachDisk struct {
@@ -52,14 +55,27 @@ func (c *Center) reconfigureVM(ctx context.Context, run *task.Run) error {
 	if err != nil {
 		return err
 	}
+	if data.Failed != nil { // a former process got here
+		return c.failedReconfigure(ctx, run, vm, &data)
+	}
 	err = c.reconfigure(ctx, run, vm, &data)
 	if err == nil || run.Stopping(ctx) {
 		return err
 	}
-	return c.failedReconfigure(context.WithoutCancel(ctx), run, vm, &data, err)
+	ctx, stop := undoing(ctx, run)
+	defer stop()
+	data.Failed = canceledFault(run, err)
+	if err := run.Save(ctx, "failed", data); err != nil {
+		return err
+	}
+	return c.failedReconfigure(ctx, run, vm, &data)
 }
 
 func (c *Center) reconfigure(ctx context.Context, run *task.Run, vm *inventory.VM, data *reconfigureData) error {
+	if data.Done {
+		c.reconfigured(ctx, run, vm.Ref, data)
+		return nil
+	}
 	if !data.Begun {
 		if err := c.prepareKeys(ctx, run, vm, data); err != nil {
 			return err
@@ -98,10 +114,9 @@ func (c *Center) reconfigure(ctx context.Context, run *task.Run, vm *inventory.V
 	}
 	var release []store.Op
 	if data.Name != "" {
-		if owner, ok := c.inv.PeekOwner(inventory.ClaimName(vm.Parent, vm.Name)); ok && owner == vm.Ref {
-			release = append(release, c.inv.Release(inventory.ClaimName(vm.Parent, vm.Name)))
-		}
+		release = append(release, c.inv.Release(inventory.ClaimName(vm.Parent, vm.Name)))
 	}
+	data.Done = true
 	at.recording.Lock()
 	err = c.saveVM(ctx, run, "done", data, vm.Ref, func(n *inventory.VM) error {
 		takeInfo(n, info)
@@ -305,6 +320,7 @@ func (c *Center) reconfigureRecord(ctx context.Context, run *task.Run, vm *inven
 			c.unlock(ctx, vm.Ref)
 		}
 	}
+	data.Done = true
 	err := c.saveVM(ctx, run, "record", data, vm.Ref, func(n *inventory.VM) error { data.settle(n); return nil })
 	if err == nil {
 		c.reconfigured(ctx, run, vm.Ref, data)

@@ -162,11 +162,9 @@ func (c *Center) registerVM(ctx context.Context, run *task.Run) error {
 	if err != nil {
 		return err
 	}
-	claims := []store.Op{
-		c.inv.VMs.Create(string(vm.Ref), *vm),
-		c.inv.Take(inventory.ClaimName(vm.Parent, vm.Name), vm.Ref),
-		c.inv.Take(inventory.ClaimUUID(vm.UUID), vm.Ref),
-		c.inv.Take(inventory.ClaimPath(vm.Datastore, path.Dir(vm.Path)), vm.Ref),
+	claims := []store.Op{c.inv.VMs.Create(string(vm.Ref), *vm)}
+	for _, claim := range claimsOf(vm) {
+		claims = append(claims, c.inv.Take(claim, vm.Ref))
 	}
 	if _, err := c.known.Get(ctx, vm.UUID); err == nil {
 		claims = append(claims, c.known.Delete(vm.UUID, 0))
@@ -215,7 +213,7 @@ func (c *Center) planRegister(ctx context.Context, p Principal, data *registerDa
 	if err := checkVMName(vm.Name); err != nil {
 		return nil, err
 	}
-	for _, claim := range []inventory.Claim{inventory.ClaimName(vm.Parent, vm.Name), inventory.ClaimUUID(vm.UUID), inventory.ClaimPath(vm.Datastore, path.Dir(vm.Path))} {
+	for _, claim := range claimsOf(vm) {
 		if _, taken, err := c.inv.Owner(ctx, claim); err != nil {
 			return nil, storeFault("looking for the VM", err)
 		} else if taken {

@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"path"
+	"slices"
 	"strings"
 
 	"mortise/internal/authz"
@@ -50,18 +51,37 @@ func (c *Center) UnregisterVM(ctx context.Context, p Principal, ref Ref) error {
 	})
 }
 
-// forget deletes a VM's record and claims.
+// forget deletes a VM's record and claims. When they are gone already it does
+// nothing.
 func (c *Center) forget(ctx context.Context, vm *inventory.VM, more ...store.Op) error {
-	ops := append(more,
-		c.inv.VMs.Delete(string(vm.Ref), 0),
-		c.inv.Release(inventory.ClaimName(vm.Parent, vm.Name)),
-		c.inv.Release(inventory.ClaimUUID(vm.UUID)),
-		c.inv.Release(inventory.ClaimPath(vm.Datastore, path.Dir(vm.Path))),
-	)
-	if err := c.inv.Commit(ctx, ops...); err != nil {
-		return storeFault("removing the VM from the inventory", err)
+	for {
+		e, err := c.inv.VMs.Get(ctx, string(vm.Ref))
+		if errors.Is(err, store.ErrNotFound) {
+			return nil
+		}
+		if err != nil {
+			return storeFault("removing the VM from the inventory", err)
+		}
+		ops := append(slices.Clone(more), c.inv.VMs.Delete(e.Key, e.Revision))
+		for _, claim := range claimsOf(&e.Value) {
+			owner, taken, err := c.inv.Owner(ctx, claim)
+			if err != nil {
+				return storeFault("removing the VM from the inventory", err)
+			}
+			if taken && owner == vm.Ref {
+				ops = append(ops, c.inv.Release(claim))
+			}
+		}
+		err = c.inv.Commit(ctx, ops...)
+		if !errors.Is(err, store.ErrConflict) && !errors.Is(err, store.ErrNotFound) {
+			return storeFault("removing the VM from the inventory", err)
+		}
 	}
-	return nil
+}
+
+// claimsOf lists what is claimed for a VM.
+func claimsOf(vm *inventory.VM) []inventory.Claim {
+	return []inventory.Claim{inventory.ClaimName(vm.Parent, vm.Name), inventory.ClaimUUID(vm.UUID), inventory.ClaimPath(vm.Datastore, path.Dir(vm.Path))}
 }
 
 // removed wipes a gone VM's keys from its host's cache and says which keys
@@ -155,7 +175,7 @@ func (c *Center) destroyVM(ctx context.Context, run *task.Run) error {
 	if err := run.Reached(ctx, "forget"); err != nil {
 		return err
 	}
-	if err := c.forget(ctx, vm); err != nil && !errors.Is(err, store.ErrNotFound) {
+	if err := c.forget(ctx, vm); err != nil {
 		return err
 	}
 	c.removed(ctx, run, vm, "deleted")

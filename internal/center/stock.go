@@ -2,7 +2,6 @@ package center
 
 import (
 	"context"
-	"errors"
 	"fmt"
 	"path"
 	"slices"
@@ -10,7 +9,6 @@ import (
 	"mortise/internal/event"
 	"mortise/internal/hostapi"
 	"mortise/internal/inventory"
-	"mortise/internal/store"
 	"mortise/internal/task"
 )
 
@@ -79,14 +77,10 @@ func (p *cryptoPlan) endsEncrypted(vm *inventory.VM) bool {
 // failedReconfigure finds out how far the host came: what is done is recorded as
 // done, what was not begun as untouched, and what is half way stays noted, with
 // both keys, so that asking again finishes it (R3, R4).
-func (c *Center) failedReconfigure(ctx context.Context, run *task.Run, vm *inventory.VM, data *reconfigureData, why error) error {
+func (c *Center) failedReconfigure(ctx context.Context, run *task.Run, vm *inventory.VM, data *reconfigureData) error {
+	why := data.Failed
 	if data.Name != "" {
-		if now, ok := inventory.Lookup[inventory.VM](c.view, vm.Ref); !ok || now.Name != data.Name {
-			claim := inventory.ClaimName(vm.Parent, data.Name)
-			if err := c.inv.Commit(ctx, c.inv.Release(claim)); err != nil && !errors.Is(err, store.ErrNotFound) {
-				c.log.Warn("the new name of a VM is still taken", "vm", vm.Ref, "error", err)
-			}
-		}
+		c.releaseName(ctx, vm, data.Name)
 	}
 	if data.Begun {
 		if err := c.takeStock(ctx, vm.Ref); err != nil {
@@ -99,13 +93,29 @@ func (c *Center) failedReconfigure(ctx context.Context, run *task.Run, vm *inven
 		c.dropKeys(ctx, now.Host, now.UUID, slices.DeleteFunc(tried, func(k KeyID) bool { return k.Key == "" || slices.Contains(now.Keys(), k) }))
 	}
 	c.orphaned(ctx, run, vm.Ref, data.Crypto.Keys, why)
-	switch kind := task.AsFault(why).Kind; {
-	case kind == task.NoDiskSpace && len(data.Crypto.Disks) > 0:
+	switch {
+	case why.Kind == task.NoDiskSpace && len(data.Crypto.Disks) > 0:
 		c.events.Post(ctx, Event{Type: event.NoDiskSpace, Severity: event.Error, User: run.User(), Entity: vm.Ref, Task: run.Ref(), Message: why.Error()})
-	case len(data.Crypto.Keys) > 0 && kind != task.Canceled && !errors.Is(why, context.Canceled):
+	case len(data.Crypto.Keys) > 0 && why.Kind != task.Canceled:
 		c.events.Post(ctx, Event{Type: event.RekeyFail, Severity: event.Error, User: run.User(), Entity: vm.Ref, Task: run.Ref(), Message: why.Error()})
 	}
 	return why
+}
+
+// releaseName gives back the name that a VM was to have.
+func (c *Center) releaseName(ctx context.Context, vm *inventory.VM, name string) {
+	now, ok := inventory.Lookup[inventory.VM](c.view, vm.Ref)
+	if ok && now.Name == name {
+		return
+	}
+	claim := inventory.ClaimName(vm.Parent, name)
+	owner, taken, err := c.inv.Owner(ctx, claim)
+	if err == nil && taken && owner == vm.Ref {
+		err = c.inv.Commit(ctx, c.inv.Release(claim))
+	}
+	if err != nil {
+		c.log.Warn("the new name of a VM is still taken", "vm", vm.Ref, "name", name, "error", err)
+	}
 }
 
 // settleNotes looks anew at what an earlier change left half way, when the host

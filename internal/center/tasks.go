@@ -2,6 +2,7 @@ package center
 
 import (
 	"context"
+	"errors"
 
 	"mortise/internal/authz"
 	"mortise/internal/inventory"
@@ -53,3 +54,22 @@ func lockVM(vm Ref) []string { return []string{string(vm)} }
 
 // principal is who started a task, whose privileges are those of today.
 func principal(run *task.Run) Principal { return Principal{User: run.User()} }
+
+// undoing returns a context in which a task can be undone although it was
+// cancelled; center's stop still ends it, and the rest is done when center is
+// back.
+func undoing(ctx context.Context, run *task.Run) (context.Context, context.CancelFunc) {
+	free, cancel := context.WithCancel(context.WithoutCancel(ctx))
+	stop := context.AfterFunc(run.Engine(), cancel)
+	return free, func() { stop(); cancel() }
+}
+
+// canceledFault is the fault that err is; a cancelled task's says so.
+func canceledFault(run *task.Run, err error) *Fault {
+	if errors.Is(err, context.Canceled) && !errors.As(err, new(*Fault)) {
+		f := fault(task.Canceled, "%s was cancelled", run.What())
+		f.Object = run.Entity()
+		return f
+	}
+	return task.AsFault(err)
+}

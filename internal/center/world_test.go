@@ -23,6 +23,8 @@ import (
 // provider is the name of the key provider in these tests.
 const provider = "kms"
 
+type centertestTampered = centertest.Tampered
+
 // world is a center on a real store, a real KMS and small hosts.
 type world struct {
 	t    testing.TB
@@ -99,7 +101,7 @@ func (w *world) tryOpen() (*center.Center, error) {
 	return center.Open(context.Background(), center.Config{
 		Dir: w.dir, Name: "center-1", RootKey: centertest.RootKey(w.t, w.dir), OpenProvider: centertest.OpenProvider,
 		Logger:   slog.New(slog.NewTextHandler(w.t.Output(), nil)),
-		HostWait: 10 * time.Second, Failpoint: w.failpoint, Clock: w.clock,
+		HostWait: 4 * time.Second, Failpoint: w.failpoint, Clock: w.clock,
 	})
 }
 

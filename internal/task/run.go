@@ -40,6 +40,20 @@ func (r *Run) Operation() string { return r.id.Operation }
 // Entity is what the task works on.
 func (r *Run) Entity() inventory.Ref { return r.id.Entity }
 
+// What names the task in a sentence: "VirtualMachine.reconfigure of "web"".
+func (r *Run) What() string { return fmt.Sprintf("%s of %q", r.id.Name, r.id.EntityName) }
+
+// Engine ends when the engine stops: who goes on after the run's own context has
+// ended, to undo something, still stops with it.
+func (r *Run) Engine() context.Context {
+	r.engine.mu.Lock()
+	defer r.engine.mu.Unlock()
+	if r.engine.ctx == nil {
+		return context.Background()
+	}
+	return r.engine.ctx
+}
+
 // User is who started the task.
 func (r *Run) User() string { return r.id.User }
 

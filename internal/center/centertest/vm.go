@@ -54,6 +54,7 @@ type disk struct {
 	converting string // the conversion under way
 	done       int    // steps of it
 	target     *hostapi.KeyID
+	lie        bool
 }
 
 // sealed is the encryption of VM files or of a disk. With the KEK one can make
@@ -273,6 +274,9 @@ func (h *Host) info(d *Datastore, f *folder) *hostapi.VMInfo {
 			Encrypted: disk.sealed.key != nil, KeyId: disk.sealed.key, Epoch: disk.epoch}
 		if x.Encrypted {
 			x.Cipher = "XTS-AES-256"
+		}
+		if disk.lie {
+			x.Encrypted, x.KeyId = false, nil
 		}
 		if disk.converting != "" {
 			x.Conversion, x.BoundaryBytes, x.TargetKeyId = disk.converting, disk.capacity*int64(disk.done)/steps, disk.target
@@ -646,3 +650,7 @@ func (d *Datastore) UUIDOf(vmxPath string) string {
 	}
 	return ""
 }
+
+// LieAbout makes the host say of a disk that it is in clear, from now on, while
+// it opens as before.
+func (t *Tampered) LieAbout(i int) { t.f.disks[i].lie = true }
