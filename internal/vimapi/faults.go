@@ -67,6 +67,8 @@ func asVim(err error) (types.BaseMethodFault, string) {
 		return v.fault, v.message
 	case errors.As(err, &denied):
 		return &types.NoPermission{Object: reference(denied.Entity), PrivilegeId: denied.Privilege}, err.Error()
+	case errors.Is(err, authz.ErrBadCredentials):
+		return &types.InvalidLogin{}, "wrong user name or password"
 	case errors.Is(err, context.Canceled):
 		return &types.RequestCanceled{}, "the call was cancelled"
 	case errors.Is(err, context.DeadlineExceeded):

@@ -2,6 +2,7 @@ package vimapi
 
 import (
 	"context"
+	"slices"
 	"strings"
 	"sync"
 	"time"
@@ -32,9 +33,10 @@ type hub struct {
 
 // links are an object's references to others whose properties mention it.
 type links struct {
-	name string
-	to   [4]inventory.Ref
-	more []inventory.Ref
+	name  string
+	state string // what others show of it besides its name
+	to    [4]inventory.Ref
+	more  []inventory.Ref
 }
 
 func newHub(s *Server) *hub {
@@ -130,6 +132,9 @@ func (h *hub) changed(ref inventory.Ref) {
 	} else {
 		delete(h.links, ref)
 	}
+	if ref.Kind() == inventory.KindHost {
+		h.touch(after.to[0]) // the cluster sums it up
+	}
 	if had == have && before.equal(after) {
 		return
 	}
@@ -145,8 +150,8 @@ func (h *hub) changed(ref inventory.Ref) {
 	if had != have || before.to != after.to {
 		h.reselect(h.viewing)
 	}
-	if had && have && before.name != after.name {
-		h.renamed(ref)
+	if had && have && (before.name != after.name || before.state != after.state) {
+		h.shown(ref)
 	}
 }
 
@@ -174,14 +179,14 @@ func (h *hub) touch(ref inventory.Ref) {
 	}
 }
 
-// renamed marks the objects whose properties hold the name of ref: VMs show
-// their datastore's in paths, and their networks'.
-func (h *hub) renamed(ref inventory.Ref) {
+// shown marks the VMs that show something of ref: their datastore's name in
+// paths, their networks' names, whether their host is connected.
+func (h *hub) shown(ref inventory.Ref) {
 	switch ref.Kind() {
-	case inventory.KindDatastore, inventory.KindNetwork:
-		for other := range h.links {
-			if other.Kind() == inventory.KindVM {
-				h.mark(h.members[other], other)
+	case inventory.KindDatastore, inventory.KindNetwork, inventory.KindHost:
+		for vm, l := range h.links {
+			if vm.Kind() == inventory.KindVM && (ref.Kind() == inventory.KindNetwork || slices.Contains(l.to[:], ref)) {
+				h.mark(h.members[vm], vm)
 			}
 		}
 	}
@@ -329,6 +334,7 @@ func linksOf(rec inventory.Record) links {
 			l.more = append(l.more, byName+inventory.Ref(n.Network))
 		}
 	case *inventory.Host:
+		l.state = r.Connection
 		l.more = append(append(l.more, r.Datastores...), r.Networks...)
 	case *inventory.Datastore:
 		l.more = append(l.more, r.Hosts()...)
@@ -336,21 +342,12 @@ func linksOf(rec inventory.Record) links {
 		l.more = append(l.more, r.Hosts...)
 	case *task.Record:
 		l.to[1] = r.Entity
-		l.name = string(r.State) // its entity's recent tasks change when it ends
 	}
 	return l
 }
 
 func (l links) equal(o links) bool {
-	if l.name != o.name || l.to != o.to || len(l.more) != len(o.more) {
-		return false
-	}
-	for i := range l.more {
-		if l.more[i] != o.more[i] {
-			return false
-		}
-	}
-	return true
+	return l.name == o.name && l.state == o.state && l.to == o.to && slices.Equal(l.more, o.more)
 }
 
 func (l links) all() []inventory.Ref {

@@ -43,7 +43,7 @@ func (c *call) login(q *types.Login) (*types.LoginResponse, error) {
 		c.endSession()
 	}
 	c.session, c.token, c.client = session, session.Token, c.s.clients.of(session)
-	http.SetCookie(c.w, &http.Cookie{Name: cookieName, Value: session.Token, Path: "/", Secure: true, HttpOnly: true})
+	http.SetCookie(c.w, &http.Cookie{Name: cookieName, Value: session.Token, Path: "/", Secure: true, HttpOnly: true, SameSite: http.SameSiteStrictMode})
 	return &types.LoginResponse{Returnval: userSession(*session)}, nil
 }
 
@@ -54,7 +54,7 @@ func (c *call) endSession() {
 
 func (c *call) logout(*types.Logout) (*types.LogoutResponse, error) {
 	c.endSession()
-	http.SetCookie(c.w, &http.Cookie{Name: cookieName, Path: "/", MaxAge: -1, Secure: true, HttpOnly: true})
+	http.SetCookie(c.w, &http.Cookie{Name: cookieName, Path: "/", MaxAge: -1, Secure: true, HttpOnly: true, SameSite: http.SameSiteStrictMode})
 	return &types.LogoutResponse{}, nil
 }
 
