@@ -228,7 +228,9 @@ func logoutCommand() *cobra.Command {
 		Use:   "logout",
 		Short: "End the session",
 		Long: `Ends the session at center and forgets it here. That center's certificate is
-trusted stays remembered. Tasks that were started go on.`,
+trusted stays remembered. Tasks that were started go on.
+
+JSON: {"url"}.`,
 		Example: `  mortise logout
   mortise logout --url https://center.example.com:8443`,
 		Args: needs(),

@@ -56,11 +56,11 @@ func (s *streams) progress(title string) *progress {
 		p.bars = mpb.New(mpb.WithOutput(s.err), mpb.WithRefreshRate(150*time.Millisecond))
 		p.bar = p.bars.New(barScale, mpb.BarStyle().Rbound("]").Lbound("[").Filler("=").Tip(">").Padding(" "),
 			mpb.BarWidth(30),
-			mpb.PrependDecorators(decor.Name(p.title+" ")),
+			mpb.PrependDecorators(decor.Name(p.title)),
 			mpb.AppendDecorators(decor.Any(func(decor.Statistics) string {
 				p.mu.Lock()
 				defer p.mu.Unlock()
-				return " " + p.text()
+				return p.text()
 			})))
 	}
 	return p
@@ -93,6 +93,9 @@ func (p *progress) update(s state) {
 		return
 	}
 	defer p.mu.Unlock()
+	if s.stage == "" && s.fraction() == 0 {
+		return // nothing to tell yet
+	}
 	if newStage || now.Sub(p.told) >= lineEvery {
 		p.told = now
 		fmt.Fprintf(p.out, "%s: %s\n", p.title, p.text())
@@ -107,14 +110,17 @@ func (p *progress) end(ok bool) {
 		return
 	}
 	p.ended = true
+	if ok {
+		p.state.percent, p.state.done, p.state.stage = 100, p.state.total, "done"
+	}
+	if p.bar == nil && ok && p.state.total > 0 {
+		fmt.Fprintf(p.out, "%s: %s\n", p.title, p.text())
+	}
 	p.mu.Unlock()
 	if p.bar == nil {
 		return
 	}
 	if ok {
-		p.mu.Lock()
-		p.state.percent, p.state.done, p.state.stage = 100, p.state.total, "done"
-		p.mu.Unlock()
 		p.bar.SetCurrent(barScale)
 	} else {
 		p.bar.Abort(false)

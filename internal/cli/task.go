@@ -213,7 +213,9 @@ func taskCancel(g *globals) *cobra.Command {
 		Short: "Cancel a task",
 		Long: `Asks center to cancel a task. What the task has changed is taken back: a conversion
 of a disk runs back to where it began. So a cancelled task may take a while to end.
-A task that is not cancelable is refused and goes on.`,
+A task that is not cancelable is refused and goes on.
+
+JSON: {"task"}.`,
 		Example: `  mortise task cancel task-14`,
 		Args:    needs("TASK"),
 		RunE: g.verb(func(ctx context.Context, c *client, args []string) error {

@@ -2,6 +2,7 @@ package cli
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"slices"
 	"strings"
@@ -186,6 +187,9 @@ func (c *client) convert(ctx context.Context, name, doing, done string, p parts,
 	if vm.Config == nil {
 		return fmt.Errorf("%s: center shows no configuration of it: may you see it?", name)
 	}
+	if err := conv.onlyPlain(vm.Config); err != nil {
+		return fmt.Errorf("%s: %w", name, err)
+	}
 	spec, chosen, err := conv.spec(vm.Config.Hardware.Device)
 	if err != nil {
 		return fmt.Errorf("%s: %w", name, err)
@@ -203,6 +207,26 @@ func (c *client) convert(ctx context.Context, name, doing, done string, p parts,
 		return fmt.Errorf("%s %s: %w", doing, name, err)
 	}
 	return c.finish(ctx, res.Returnval, waiting{title: doing + " " + name, detach: p.detach, done: fmt.Sprintf(done, name)})
+}
+
+// onlyPlain narrows the encryption of a whole VM to what is still in clear, when
+// its files are encrypted already.
+func (conv *conversion) onlyPlain(vm *types.VirtualMachineConfigInfo) error {
+	_, encrypt := conv.crypto.(*types.CryptoSpecEncrypt)
+	if !encrypt || vm.KeyId == nil || len(conv.disks) > 0 {
+		return nil
+	}
+	if !conv.homeOnly {
+		for _, d := range disksOf(vm.Hardware.Device) {
+			if diskKey(d) == nil {
+				conv.disks = append(conv.disks, diskName(d))
+			}
+		}
+	}
+	if len(conv.disks) == 0 {
+		return errors.New("it is encrypted already; mortise vm recrypt gives it a new key")
+	}
+	return nil
 }
 
 // spec words a conversion as vSphere's ConfigSpec, and lists the disks that are
