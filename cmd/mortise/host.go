@@ -150,7 +150,10 @@ func serveHost(ctx context.Context, cfg hostConfig, token string) error {
 	if err != nil {
 		return err
 	}
-	guests, err := domain.Connect(ctx, domain.Config{Socket: cfg.LibvirtSocket, Log: log})
+	if err := os.MkdirAll(cfg.RunDir, 0o711); err != nil {
+		return err
+	}
+	guests, err := domain.Connect(ctx, domain.Config{Socket: cfg.LibvirtSocket, ProbeFile: filepath.Join(cfg.RunDir, "kvm-probe"), Log: log})
 	if err != nil {
 		return err
 	}

@@ -6,18 +6,26 @@ import (
 	"fmt"
 	"log/slog"
 	"net"
+	"os"
+	"strings"
 	"sync"
 	"time"
 
 	"github.com/digitalocean/go-libvirt"
 	"github.com/digitalocean/go-libvirt/socket/dialers"
+
+	"mortise/internal/atomicfile"
 )
 
 // Config says where libvirt is.
 type Config struct {
 	Socket string // libvirtd's socket; default /run/libvirt/libvirt-sock
 	QEMU   string // program for the KVM probe; default qemu-system-x86_64
-	Log    *slog.Logger
+	// ProbeFile keeps what the KVM probe found, so that a program that starts again
+	// need not wait for it; it belongs on a file system that a reboot empties.
+	// Empty: none.
+	ProbeFile string
+	Log       *slog.Logger
 }
 
 // DefaultSocket is where a machine's own libvirtd listens.
@@ -223,9 +231,34 @@ func callOn[T any](ctx context.Context, s *session, f func(*libvirt.Libvirt) (T,
 
 func (c *Conn) probeKVM() {
 	defer close(c.kvm)
-	if c.kvmErr = probe(c.ctx, c.cfg.QEMU, "kvm"); c.kvmErr != nil {
+	if c.kvmErr = c.probeOnce(); c.kvmErr != nil {
 		c.cfg.Log.Info("guests will run under TCG, which is slower: KVM does not work here", "reason", c.kvmErr)
 	}
+}
+
+// probeOnce probes KVM, or takes the answer that an earlier program left.
+func (c *Conn) probeOnce() error {
+	if c.cfg.ProbeFile == "" {
+		return probe(c.ctx, c.cfg.QEMU, "kvm")
+	}
+	if text, err := os.ReadFile(c.cfg.ProbeFile); err == nil {
+		if why, no := strings.CutPrefix(string(text), "no: "); no {
+			return errors.New(why)
+		}
+		return nil
+	}
+	err := probe(c.ctx, c.cfg.QEMU, "kvm")
+	if c.ctx.Err() != nil {
+		return err
+	}
+	text := "yes"
+	if err != nil {
+		text = "no: " + err.Error()
+	}
+	if werr := atomicfile.Write(c.cfg.ProbeFile, []byte(text), 0o600); werr != nil {
+		c.cfg.Log.Warn("keeping the result of the KVM probe", "error", werr)
+	}
+	return err
 }
 
 // usesKVM waits for the probe.
