@@ -243,11 +243,11 @@ func (h *hub) markAll() {
 func (h *hub) take(f *filter) (dirty map[inventory.Ref]struct{}, again bool) {
 	h.mu.Lock()
 	defer h.mu.Unlock()
-	dirty, again = f.dirty, f.again
-	if len(dirty) > 0 {
-		f.dirty = map[inventory.Ref]struct{}{}
+	// The map that is handed out is never marked in again, an empty one neither.
+	if len(f.dirty) > 0 {
+		dirty, f.dirty = f.dirty, map[inventory.Ref]struct{}{}
 	}
-	f.again = false
+	again, f.again = f.again, false
 	return dirty, again
 }
 
