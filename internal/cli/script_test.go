@@ -148,15 +148,17 @@ func worldCmd(ts *testscript.TestScript, _ bool, args []string) {
 	case "nocrypto": // NAME: a user without cryptographic privileges
 		w.User(args[1], authz.RoleNoCryptoAdmin)
 		ts.Setenv("USER_PASSWORD", vimapitest.UserPassword)
-	case "slow": // conversions take a second or more
-		w.Host.OnStep = func(int) { time.Sleep(300 * time.Millisecond) }
+	case "slow": // DURATION: of each step of a conversion
+		d, err := time.ParseDuration(args[1])
+		ts.Check(err)
+		w.Host.OnStep(func(int) { time.Sleep(d) })
 	case "fail": // METHOD: the host fails calls of it
-		w.Host.OnCall = func(method string) error {
+		w.Host.OnCall(func(method string) error {
 			if method == args[1] {
 				return errors.New("the disk has caught fire")
 			}
 			return nil
-		}
+		})
 	case "join":
 		w.Join(args[1])
 	case "power-cut":
