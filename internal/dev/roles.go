@@ -13,6 +13,7 @@ import (
 	"runtime"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"syscall"
 	"time"
 )
@@ -41,6 +42,7 @@ type roles struct {
 type child struct {
 	role
 	pid  int
+	up   atomic.Bool   // it has been ready
 	stop chan struct{} // closed when it shall not be started again
 	done chan struct{} // closed when it is gone for good
 }
@@ -88,19 +90,20 @@ func (r *roles) start(ctx context.Context, ro role) error {
 			return ctx.Err()
 		case <-time.After(20 * time.Millisecond):
 			if ro.ready(ctx) {
+				c.up.Store(true)
 				return nil
 			}
 		}
 	}
 }
 
-// keep runs a role again and again until it is told to stop. The first end of
-// one that never ran for long is told.
+// keep runs a role again and again until it is told to stop. One that ends before
+// it was ever ready is not: its end is told.
 func (r *roles) keep(c *child, first chan<- error) {
 	defer close(c.done)
 	args := append(append([]string(nil), c.args...), c.firstArgs...)
 	wait := 200 * time.Millisecond
-	for n := 0; ; n++ {
+	for {
 		began := time.Now()
 		err := r.runOnce(c, args)
 		if err == nil {
@@ -112,7 +115,7 @@ func (r *roles) keep(c *child, first chan<- error) {
 			return
 		default:
 		}
-		if n == 0 && time.Since(began) < 5*time.Second && !c.ready(context.Background()) {
+		if !c.up.Load() {
 			first <- err
 			return
 		}

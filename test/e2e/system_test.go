@@ -28,7 +28,8 @@ import (
 // A machine is a whole Mortise that `mortise dev` runs, and a client of it: the
 // tests below type what an administrator types.
 type machine struct {
-	*testing.T
+	*testing.T            // of the subtest that runs
+	whole      *testing.T // of which it is one
 	bin, state string
 	base       int // of the ports
 	dev        *exec.Cmd
@@ -38,7 +39,7 @@ type machine struct {
 
 func startMachine(t *testing.T, base int) *machine {
 	dir := shortDir(t)
-	m := &machine{T: t, bin: binary(t), state: filepath.Join(dir, "s"), base: base}
+	m := &machine{T: t, whole: t, bin: binary(t), state: filepath.Join(dir, "s"), base: base}
 	m.start()
 	m.login()
 	m.must("provider", "add", "kms1", fmt.Sprintf("127.0.0.1:%d", base+2))
@@ -60,19 +61,19 @@ func (m *machine) start() {
 	cmd := m.dev
 	ended := make(chan error, 1)
 	go func() { ended <- cmd.Wait() }()
-	m.Cleanup(func() {
+	m.whole.Cleanup(func() {
 		_ = cmd.Process.Signal(os.Interrupt)
 		select {
 		case <-ended:
 		case <-time.After(90 * time.Second):
-			m.Error("mortise dev does not end on Ctrl-C")
+			m.whole.Error("mortise dev does not end on Ctrl-C")
 			_ = cmd.Process.Kill()
 		}
-		if m.Failed() {
+		if m.whole.Failed() {
 			logs, _ := filepath.Glob(filepath.Join(m.state, "logs", "*.log"))
 			for _, l := range logs {
 				text, _ := os.ReadFile(l)
-				m.Logf("%s:\n%s", filepath.Base(l), text[max(0, len(text)-3000):])
+				m.whole.Logf("%s:\n%s", filepath.Base(l), text[max(0, len(text)-3000):])
 			}
 		}
 	})
@@ -301,13 +302,11 @@ func TestSystem(t *testing.T) {
 	raw, want := m.image(256)
 
 	// Helpers fail the test that they are called in.
-	whole := m.T
 	run := func(name string, f func(t *testing.T)) {
-		if !whole.Run(name, func(t *testing.T) { m.T = t; f(t) }) {
-			m.T = whole
-			whole.FailNow() // what follows builds on it
+		ok := m.whole.Run(name, func(t *testing.T) { m.T = t; f(t) })
+		if m.T = m.whole; !ok {
+			m.FailNow() // what follows builds on it
 		}
-		m.T = whole
 	}
 
 	run("wrong password", func(t *testing.T) {
