@@ -78,8 +78,16 @@ func (c *Center) ServeAdmin(ctx context.Context, path string) error {
 	if err := os.MkdirAll(filepath.Dir(path), 0o700); err != nil {
 		return fmt.Errorf("center: admin socket: %w", err)
 	}
-	if err := os.Remove(path); err != nil && !errors.Is(err, os.ErrNotExist) {
+	switch info, err := os.Lstat(path); {
+	case errors.Is(err, os.ErrNotExist):
+	case err != nil:
 		return fmt.Errorf("center: admin socket: %w", err)
+	case info.Mode()&os.ModeSocket == 0:
+		return fmt.Errorf("center: admin socket: %s is there and is no socket; choose another path", path)
+	default:
+		if err := os.Remove(path); err != nil {
+			return fmt.Errorf("center: admin socket: %w", err)
+		}
 	}
 	l, err := (&net.ListenConfig{}).Listen(ctx, "unix", path)
 	if err != nil {

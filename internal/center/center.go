@@ -64,6 +64,8 @@ type Center struct {
 	providers *providers
 	links     *links
 
+	failedLogins failedLogins
+
 	password string // the generated one, in the process that generated it
 }
 

@@ -164,10 +164,10 @@ func TestInterruptedConversion(t *testing.T) {
 
 	// Somebody cancels a deep recrypt.
 	stepped := make(chan int, 100)
-	w.host.OnStep = func(step int) {
+	w.host.OnStep(func(step int) {
 		stepped <- step
 		time.Sleep(20 * time.Millisecond)
-	}
+	})
 	deep := center.ReconfigureSpec{Crypto: center.CryptoSpec{Kind: center.CryptoDeep}}
 	taskRef, err := w.c.ReconfigureVM(ctx, w.p, ref, deep)
 	w.must(err)
@@ -177,7 +177,7 @@ func TestInterruptedConversion(t *testing.T) {
 	w.faulted(task.TaskInProgress, "web", w.c.UnregisterVM(ctx, w.p, ref))
 	w.must(w.c.CancelTask(ctx, w.p, taskRef))
 	w.faulted(task.Canceled, "web cancelled", second2(w.end(taskRef, nil)))
-	w.host.OnStep = nil
+	w.host.OnStep(nil)
 	vm = w.vm(ref)
 	if vm.Disks[0].Converting == nil || *vm.Disks[0].KeyID != target || *vm.KeyID == target {
 		t.Errorf("after cancelling: %+v", vm)
@@ -198,28 +198,28 @@ func TestInterruptedConversion(t *testing.T) {
 
 	// The host goes away in the middle and comes back.
 	var cut atomic.Bool
-	w.host.OnStep = func(step int) {
+	w.host.OnStep(func(step int) {
 		if step == 3 && cut.CompareAndSwap(false, true) {
 			go func() { w.host.Restart() }()
 			time.Sleep(100 * time.Millisecond)
 		}
-	}
+	})
 	again(center.CryptoDecrypt)
-	w.host.OnStep = nil
+	w.host.OnStep(nil)
 	if vm = w.vm(ref); vm.AnyEncrypted() || !cut.Load() {
 		t.Errorf("after a decryption through a power cut: %+v", vm)
 	}
 
 	// The host dies for good: the task ends, the note stays.
 	cut.Store(false)
-	w.host.OnStep = func(step int) {
+	w.host.OnStep(func(step int) {
 		if step == 3 && cut.CompareAndSwap(false, true) {
 			go w.host.Stop()
 			time.Sleep(100 * time.Millisecond)
 		}
-	}
+	})
 	w.fails(task.HostDown, "esx1", "", second2(w.end(w.c.ReconfigureVM(ctx, w.p, ref, encrypt))))
-	w.host.OnStep = nil
+	w.host.OnStep(nil)
 	if vm = w.vm(ref); vm.Disks[0].Converting == nil || vm.Disks[0].Encrypted {
 		t.Errorf("after the host's death: %+v", vm)
 	}
@@ -269,6 +269,15 @@ func TestTampering(t *testing.T) {
 			w.ok(w.c.RegisterVM(ctx, w.p, spec))
 		}
 	}
+	// A key safe that names somebody else's key gets it from nobody.
+	victim, thief := w.createVM("victim", policy.VMEncryption), w.createVM("thief", policy.VMEncryption)
+	key := *w.vm(victim).KeyID
+	w.ds.Tamper("thief/thief.vmx", func(f *centertestTampered) { f.NameKey(key.Provider, key.Key) })
+	f := w.fails(task.KeyRequired, "thief", "", second2(w.end(w.c.PowerOn(ctx, w.p, thief))))
+	if len(f.Keys) != 1 || f.Keys[0] != key || holds(w.host, &key, w.vm(thief)) || !w.sawEvent(event.KeyNotOurs) {
+		t.Errorf("fault %+v; the host holds %v", f, w.host.Held())
+	}
+
 	nocrypto := w.user("nocrypto", authz.RoleNoCryptoAdmin, inventory.RootFolder)
 	ref := w.createVM("restored", policy.VMEncryption)
 	w.must(w.c.UnregisterVM(ctx, w.p, ref))
@@ -426,21 +435,21 @@ func TestHostLies(t *testing.T) {
 	w := newWorld(t)
 	ctx := context.Background()
 	ref := w.createVM("web", policy.VMEncryption)
-	w.host.OnCall = func(method string) error {
+	w.host.OnCall(func(method string) error {
 		if method == "ReconfigureVM" {
 			w.ds.Tamper("web/web.vmx", func(f *centertestTampered) { f.LieAbout(1) })
 		}
 		return nil
-	}
+	})
 	w.fails(task.Internal, "web not encrypted", "", second2(w.end(w.c.ReconfigureVM(ctx, w.p, ref, center.ReconfigureSpec{Hardware: center.HardwareSpec{CPUs: 2}}))))
 	if vm := w.vm(ref); !vm.Disks[1].Encrypted {
 		t.Error("the inventory believed the host")
 	}
-	w.host.OnCall = func(method string) error {
+	w.host.OnCall(func(method string) error {
 		if method == "PowerOn" {
 			return hostapi.Faultf(hostapi.Fault_IN_USE, "the extent is locked by another process")
 		}
 		return nil
-	}
+	})
 	w.fails(task.FileLocked, "locked web", "", second2(w.end(w.c.PowerOn(ctx, w.p, ref))))
 }

@@ -295,6 +295,7 @@ func (l *link) session(ctx context.Context, reached func()) (synced bool, err er
 				synced = true
 				reached()
 				helpers.Go(func() { l.keepKeys(ctx, client) })
+				helpers.Go(func() { l.c.settleHost(ctx, l.host) })
 				helpers.Go(func() { l.keepDescribed(ctx, client, cancel) })
 			}
 		}

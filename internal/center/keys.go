@@ -245,8 +245,13 @@ func (l *link) syncKeys(ctx context.Context, client hostapi.HostClient) (complet
 	}
 	if len(failed) > 0 {
 		c.reportFailed(ctx, host, failed)
+		return false, nil
 	}
-	return len(failed) == 0, nil
+	return true, editIfChanged(ctx, c, c.inv.Hosts, l.host, func(h *inventory.Host) {
+		if h.Connection == inventory.Connected {
+			h.Problem = ""
+		}
+	})
 }
 
 // dropOvertaken wipes what was sent for a VM that was removed, or lost the key,

@@ -126,6 +126,7 @@ func (c *Center) runPowerOn(ctx context.Context, run *task.Run, vm *inventory.VM
 		return c.afterPower(ctx, l, mark, vm.Ref, info)
 	})
 	if err != nil {
+		c.foreignKeys(ctx, vm, err)
 		return err
 	}
 	c.events.Post(ctx, Event{Type: event.VMPoweredOn, User: run.User(), Entity: vm.Ref, Task: run.Ref(),

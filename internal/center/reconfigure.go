@@ -107,6 +107,7 @@ func (c *Center) reconfigure(ctx context.Context, run *task.Run, vm *inventory.V
 		return hostFault(h, vm, fmt.Sprintf("reconfiguring VM %q", vm.Name), err)
 	})
 	if err != nil {
+		c.foreignKeys(ctx, vm, err)
 		return err
 	}
 	if err := data.checkResult(vm, info); err != nil {

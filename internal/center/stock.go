@@ -2,6 +2,7 @@ package center
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"path"
 	"slices"
@@ -9,6 +10,7 @@ import (
 	"mortise/internal/event"
 	"mortise/internal/hostapi"
 	"mortise/internal/inventory"
+	"mortise/internal/store"
 	"mortise/internal/task"
 )
 
@@ -83,7 +85,7 @@ func (c *Center) failedReconfigure(ctx context.Context, run *task.Run, vm *inven
 		c.releaseName(ctx, vm, data.Name)
 	}
 	if data.Begun {
-		if err := c.takeStock(ctx, vm.Ref); err != nil {
+		if err := c.takeStock(ctx, vm.Ref, true); err != nil {
 			c.log.Warn("how far a VM's change came is not known yet", "vm", vm.Ref, "error", err)
 		}
 	}
@@ -121,11 +123,10 @@ func (c *Center) releaseName(ctx context.Context, vm *inventory.VM, name string)
 // settleNotes looks anew at what an earlier change left half way, when the host
 // could perhaps not be asked, or was still at it.
 func (c *Center) settleNotes(ctx context.Context, vm *inventory.VM) *inventory.VM {
-	open := vm.Converting != nil || slices.ContainsFunc(vm.Disks, func(d inventory.Disk) bool { return d.Converting != nil })
-	if _, locked := c.tasks.Locked(string(vm.Ref)); !open || locked {
+	if !hasNotes(vm) {
 		return vm
 	}
-	if err := c.takeStock(ctx, vm.Ref); err != nil {
+	if err := c.takeStock(ctx, vm.Ref, false); err != nil {
 		c.log.Info("a VM's unfinished change could not be looked at", "vm", vm.Ref, "error", err)
 	}
 	if now, ok := inventory.Lookup[inventory.VM](c.view, vm.Ref); ok {
@@ -134,33 +135,71 @@ func (c *Center) settleNotes(ctx context.Context, vm *inventory.VM) *inventory.V
 	return vm
 }
 
+// settleHost does so for every VM of a host that has come back.
+func (c *Center) settleHost(ctx context.Context, host Ref) {
+	inventory.Each(c.view, func(vm *inventory.VM) bool {
+		if vm.Host == host {
+			c.settleNotes(ctx, vm)
+		}
+		return ctx.Err() == nil
+	})
+}
+
+func hasNotes(vm *inventory.VM) bool {
+	return vm.Converting != nil || slices.ContainsFunc(vm.Disks, func(d inventory.Disk) bool { return d.Converting != nil })
+}
+
 // takeStock reads a VM's folder, after a change was broken off, and clears the
-// notes of everything that is wholly in one form or the other.
-func (c *Center) takeStock(ctx context.Context, ref Ref) error {
-	vm, ok := inventory.Lookup[inventory.VM](c.view, ref)
-	if !ok {
-		return nil
+// notes of everything that is wholly in one form or the other. mine says that
+// the caller's task has the VM; otherwise a VM that a task works on is left
+// alone. What was read is written only onto the record that it was read for: a
+// task that begins meanwhile makes notes that are not to be cleared.
+func (c *Center) takeStock(ctx context.Context, ref Ref, mine bool) error {
+	ctx, cancel := context.WithTimeout(ctx, answerTime)
+	defer cancel()
+	for {
+		e, err := c.inv.VMs.Get(ctx, string(ref))
+		if err != nil {
+			return storeFault("reading the VM's record", err)
+		}
+		if _, locked := c.tasks.Locked(string(ref)); locked && !mine {
+			return nil
+		}
+		vm := cloneVM(&e.Value)
+		info, err := c.inspect(ctx, vm)
+		if err != nil {
+			return err
+		}
+		stockOf(vm, info)
+		err = c.inv.Commit(ctx, c.inv.VMs.Update(e.Key, e.Revision, *vm))
+		if !errors.Is(err, store.ErrConflict) {
+			return storeFault("recording how far the change came", err)
+		}
 	}
+}
+
+// inspect has its host read a VM's folder.
+func (c *Center) inspect(ctx context.Context, vm *inventory.VM) (*hostapi.VMInfo, error) {
 	h, _ := inventory.Lookup[inventory.Host](c.view, vm.Host)
 	_, client, up := c.links.connected(vm.Host)
-	if !up || h == nil {
-		return c.mustReach(vm.Host, "reading the VM")
+	if h == nil {
+		return nil, c.mustReach(vm.Host, "reading the VM")
+	}
+	if !up {
+		return nil, hostDown(h, "reading the VM")
 	}
 	r, err := c.vmRef(vm)
 	if err != nil {
-		return err
+		return nil, err
 	}
-	ctx, cancel := context.WithTimeout(ctx, answerTime)
-	defer cancel()
 	info, err := client.InspectVM(ctx, &hostapi.InspectVMRequest{Ref: r})
 	if err != nil {
-		return hostFault(h, vm, fmt.Sprintf("reading VM %q", vm.Name), err)
+		return nil, hostFault(h, vm, fmt.Sprintf("reading VM %q", vm.Name), err)
 	}
 	if info.GetRef().GetUuid() != vm.UUID {
-		return fault(task.GenericVMConfig, "folder %s holds another VM than %q; restore it from a backup", path.Dir(vm.Path), vm.Name)
+		return nil, fault(task.GenericVMConfig, "folder %s holds another VM than %q; restore it from a backup", path.Dir(vm.Path), vm.Name)
 	}
-	_, err = c.inv.EditVM(ctx, ref, func(vm *inventory.VM) error { stockOf(vm, info); return nil })
-	return err
+	return info, nil
 }
 
 // stockOf decides for each note in vm by what the folder says.

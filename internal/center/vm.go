@@ -82,7 +82,7 @@ const (
 // busy with what a broken connection left running, it waits and calls f again:
 // f must be safe to repeat.
 func (c *Center) onHost(ctx context.Context, host Ref, doing string, f func(*link, *inventory.Host, hostapi.HostClient) error) error {
-	for busy, down := 0, 0; ; {
+	for busy, down, lost := 0, 0, 0; ; {
 		l, client, err := c.links.wait(ctx, host, c.cfg.HostWait, doing)
 		if err != nil {
 			return err
@@ -99,6 +99,8 @@ func (c *Center) onHost(ctx context.Context, host Ref, doing string, f func(*lin
 			c.log.Info("a host went away during a call; waiting for it", "host", h.Name, "doing", doing, "error", err)
 		case task.Is(err, task.ResourceInUse) && busy < busyTries:
 			busy++
+		case cacheLacks(err) && lost == 0:
+			lost++ // its memory was emptied between the look and the call
 		default:
 			return err
 		}
@@ -107,6 +109,30 @@ func (c *Center) onHost(ctx context.Context, host Ref, doing string, f func(*lin
 		case <-ctx.Done():
 			return ctx.Err()
 		}
+	}
+}
+
+// cacheLacks tells whether a host says that keys are not in its memory.
+func cacheLacks(err error) bool {
+	f, _ := hostapi.AsFault(err)
+	return f.Kind == hostapi.Fault_MISSING_KEYS
+}
+
+// foreignKeys raises an event when a host asks for keys that the inventory does
+// not know of the VM: somebody has put another key safe into its folder. It gets
+// none of them.
+func (c *Center) foreignKeys(ctx context.Context, vm *inventory.VM, err error) {
+	if !cacheLacks(err) {
+		return
+	}
+	now, ok := inventory.Lookup[inventory.VM](c.view, vm.Ref)
+	if !ok {
+		return
+	}
+	foreign := slices.DeleteFunc(slices.Clone(task.AsFault(err).Keys), func(k KeyID) bool { return slices.Contains(now.Keys(), k) })
+	if len(foreign) > 0 {
+		c.events.Post(ctx, Event{Type: event.KeyNotOurs, Severity: event.Error, Entity: vm.Ref, Keys: foreign,
+			Message: fmt.Sprintf("The folder of VM %q names keys that are not the VM's; they are not sent. Restore its VMX and disk descriptors from a backup", vm.Name)})
 	}
 }
 

@@ -33,11 +33,6 @@ type Host struct {
 	Stores    []*Datastore
 	Networks  []string
 
-	// OnCall, if set, is called before each call; its error is the answer.
-	OnCall func(method string) error
-	// OnStep, if set, is called before each step of a conversion.
-	OnStep func(step int)
-
 	t     testing.TB
 	addr  string
 	creds *pki.Credentials
@@ -52,6 +47,8 @@ type Host struct {
 	busy     map[string]bool
 	watchers map[chan *hostapi.HostEvent]struct{}
 	calls    map[string]int
+	onCall   func(method string) error
+	onStep   func(step int)
 }
 
 type heldKey struct {
@@ -187,6 +184,20 @@ func (h *Host) Calls(method string) int {
 	return h.calls[method]
 }
 
+// OnCall has f called before each call; its error is the answer. nil ends it.
+func (h *Host) OnCall(f func(method string) error) {
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	h.onCall = f
+}
+
+// OnStep has f called before each step of a conversion. nil ends it.
+func (h *Host) OnStep(f func(step int)) {
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	h.onStep = f
+}
+
 // Running tells whether a VM's guest runs here.
 func (h *Host) Running(vm string) bool {
 	h.mu.Lock()
@@ -225,7 +236,7 @@ func (h *Host) enter(method string, header *hostapi.Header) error {
 	if header != nil {
 		h.term = max(h.term, header.Term)
 	}
-	hook := h.OnCall
+	hook := h.onCall
 	h.mu.Unlock()
 	if stale {
 		return hostapi.Faultf(hostapi.Fault_STALE_TERM, "term %d is over", header.Term)

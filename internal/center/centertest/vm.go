@@ -441,8 +441,11 @@ func (h *Host) convert(ctx context.Context, d *Datastore, f *folder, disk *disk,
 		if at == steps {
 			break
 		}
-		if h.OnStep != nil {
-			h.OnStep(at)
+		h.mu.Lock()
+		hook := h.onStep
+		h.mu.Unlock()
+		if hook != nil {
+			hook(at)
 		}
 		if ctx.Err() != nil {
 			return ctx.Err()
@@ -654,3 +657,8 @@ func (d *Datastore) UUIDOf(vmxPath string) string {
 // LieAbout makes the host say of a disk that it is in clear, from now on, while
 // it opens as before.
 func (t *Tampered) LieAbout(i int) { t.f.disks[i].lie = true }
+
+// NameKey puts another key's id into the VMX's key safe.
+func (t *Tampered) NameKey(provider, key string) {
+	t.f.home.key = &hostapi.KeyID{Provider: provider, Key: key}
+}
