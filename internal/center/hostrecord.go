@@ -63,8 +63,14 @@ func (l *link) apply(ctx context.Context, info *hostapi.HostInfo) error {
 	if reflect.DeepEqual(*h, next) {
 		return nil
 	}
-	_, err = c.inv.EditHost(ctx, l.host, func(h *inventory.Host) error { change(h); return nil })
-	return err
+	if _, err = c.inv.EditHost(ctx, l.host, func(h *inventory.Host) error { change(h); return nil }); err != nil {
+		return err
+	}
+	if h.UUID != "" && !next.Info.BootTime.Equal(h.Info.BootTime) { // H2
+		c.events.Post(ctx, Event{Type: event.HostRestarted, Severity: event.Warning, Entity: l.host,
+			Message: fmt.Sprintf("Host %q has restarted, at %s; the keys that it needs are sent again", h.Name, next.Info.BootTime.Format(time.RFC3339))})
+	}
+	return nil
 }
 
 // applyDatastores finds or makes the record of each datastore, by the UUID of

@@ -8,6 +8,7 @@ import (
 
 	"mortise/internal/authz"
 	"mortise/internal/center"
+	"mortise/internal/center/centertest"
 	"mortise/internal/event"
 	"mortise/internal/inventory"
 	"mortise/internal/policy"
@@ -254,6 +255,9 @@ func TestRestarts(t *testing.T) {
 	if n := w.host.Calls("PushKeys") - pushes; n != 1 {
 		t.Errorf("%d messages brought the keys", n)
 	}
+	if !w.sawEvent(event.HostRestarted) {
+		t.Error("no alarm tells of the host's restart (H2)")
+	}
 	w.ok(w.c.PowerOn(ctx, w.p, refs[0]))
 	uuid := w.vm(refs[0]).UUID
 	w.reopen()
@@ -300,4 +304,36 @@ func TestProviderRemoved(t *testing.T) {
 		t.Errorf("it took %v; adding a provider should have keys asked for at once", d)
 	}
 	w.ok(w.c.PowerOn(ctx, w.p, ref))
+}
+
+// The servers of a provider must prove that they share keys, before a key is
+// made there (K5).
+func TestServersShareKeys(t *testing.T) {
+	t.Parallel()
+	w := newEmptyWorld(t)
+	w.setUpProvider()
+	ctx := context.Background()
+	add := func(name string, k *centertest.KMS) {
+		w.must(w.c.RegisterKmipServer(ctx, w.p, provider, center.KmipServer{Name: name, Address: "127.0.0.1", Port: k.Port}))
+		w.must(w.c.TrustServerCertificate(ctx, w.p, provider, name, k.Certificate()))
+	}
+	add("kms-2", w.kms) // another address of the same cluster, as it were
+	if _, err := w.c.GenerateKey(ctx, w.p, provider); err != nil {
+		t.Fatalf("with two servers that share keys: %v", err)
+	}
+	made := len(w.kms.Keys())
+	if _, err := w.c.GenerateKey(ctx, w.p, provider); err != nil || len(w.kms.Keys()) != made+1 {
+		t.Errorf("it is proven once: %d keys became %d, %v", made, len(w.kms.Keys()), err)
+	}
+	other := centertest.StartKMS(t)
+	cert, err := w.c.ClientCert(ctx, w.p, provider)
+	w.must(err)
+	other.Trust(cert)
+	add("stranger", other)
+	_, err = w.c.GenerateKey(ctx, w.p, provider)
+	w.faulted(task.ProviderError, "share "+provider, err)
+	w.must(w.c.RemoveKmipServer(ctx, w.p, provider, "stranger"))
+	if _, err := w.c.GenerateKey(ctx, w.p, provider); err != nil {
+		t.Errorf("without the stranger: %v", err)
+	}
 }

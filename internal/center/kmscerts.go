@@ -5,14 +5,12 @@ import (
 	"crypto"
 	"crypto/x509"
 	"encoding/hex"
-	"errors"
 	"fmt"
 	"slices"
 	"strings"
 	"time"
 
 	"mortise/internal/authz"
-	"mortise/internal/event"
 	"mortise/internal/inventory"
 	"mortise/internal/kmipc"
 	"mortise/internal/pki"
@@ -86,7 +84,7 @@ func (c *Center) TrustServerCertificate(ctx context.Context, p Principal, id, se
 		list = slices.DeleteFunc(slices.Clone(list), func(s string) bool { return s == pin })
 		return append(list[max(0, len(list)-1):], pin)
 	}
-	err = c.editProvider(ctx, p, id, fmt.Sprintf("The server certificate %s was confirmed", pki.Thumbprint(chain[0])), func(r *providerRecord) error {
+	return c.editProvider(ctx, p, id, fmt.Sprintf("The server certificate %s was confirmed", pki.Thumbprint(chain[0])), func(r *providerRecord) error {
 		if server == "" {
 			r.Trusted = trust(r.Trusted)
 			return nil
@@ -99,32 +97,6 @@ func (c *Center) TrustServerCertificate(ctx context.Context, p Principal, id, se
 		}
 		return noServer(id, server)
 	})
-	if err != nil {
-		return err
-	}
-	c.testSharing(ctx, id)
-	return nil
-}
-
-// testSharing has a provider of several servers prove that they share keys (K5).
-// That they do not is an alarm; that one is away now proves nothing.
-func (c *Center) testSharing(ctx context.Context, id string) {
-	e, err := c.providers.record(ctx, id)
-	if err != nil {
-		return
-	}
-	cfg, err := c.providers.config(e.Value)
-	if err != nil || len(cfg.Servers) < 2 {
-		return // not yet complete, or nothing to compare
-	}
-	pr, err := c.providers.get(ctx, id)
-	if err != nil {
-		return
-	}
-	if err := pr.TestSharing(ctx); errors.Is(err, provider.ErrNotShared) {
-		c.events.Post(ctx, Event{Type: event.ProviderChanged, Severity: event.Error, Entity: inventory.RootFolder,
-			Message: fmt.Sprintf("The servers of key provider %q do not share keys: %v. Make them replicate, or put them into providers of their own", id, err)})
-	}
 }
 
 // GenerateSelfSignedClientCert makes a client certificate; it is used once

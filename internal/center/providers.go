@@ -43,6 +43,7 @@ type providerRecord struct {
 	ID      string         `json:"id"`
 	Servers []serverRecord `json:"servers,omitempty"`
 	Trusted []string       `json:"trusted,omitempty"` // pins for all servers: SHA-256, hex
+	Shared  string         `json:"shared,omitempty"`  // the servers that have proven to share keys (K5)
 
 	Client  *clientRecord `json:"client,omitempty"`  // in use
 	Pending *clientRecord `json:"pending,omitempty"` // self-signed, not yet in use
@@ -248,6 +249,9 @@ func (s *providers) newKEK(ctx context.Context, name, operation string, tags ...
 	if err != nil {
 		return id, err
 	}
+	if err := s.proveSharing(ctx, name, p); err != nil {
+		return id, err
+	}
 	err = s.limited(ctx, func(ctx context.Context) error {
 		key, kek, err := p.NewKEK(ctx, operation, tags...)
 		kek.Wipe()
@@ -255,6 +259,43 @@ func (s *providers) newKEK(ctx context.Context, name, operation string, tags ...
 		return err
 	})
 	return id, providerFault(KeyID{Provider: name}, "making", err)
+}
+
+// proveSharing has a provider's servers prove that they share keys, once for
+// each set of servers and before a key is made there (K5): a key that only one
+// of them has is lost with that one. That a server is away now proves nothing.
+func (s *providers) proveSharing(ctx context.Context, name string, p provider.Provider) error {
+	e, err := s.record(ctx, name)
+	if err != nil {
+		return err
+	}
+	cfg, err := s.config(e.Value)
+	if err != nil || len(cfg.Servers) < 2 {
+		return err
+	}
+	set := sha256.New()
+	for _, server := range cfg.Servers {
+		fmt.Fprintf(set, "%q %q\n", server.Name, server.Address)
+	}
+	servers := hex.EncodeToString(set.Sum(nil))
+	if e.Value.Shared == servers {
+		return nil
+	}
+	err = s.limited(ctx, p.TestSharing)
+	if errors.Is(err, provider.ErrNotShared) {
+		f := fault(task.ProviderError, "the servers of key provider %q do not share keys: %v. Make them replicate, or put them into providers of their own", name, err)
+		f.Name = name
+		return f.Because(err)
+	}
+	if err != nil {
+		s.c.log.Info("key servers could not yet prove that they share keys", "provider", name, "error", err)
+		return nil
+	}
+	_, err = s.records.Edit(ctx, name, func(r *providerRecord) error { r.Shared = servers; return nil })
+	if err != nil {
+		return storeFault("recording that the key servers share keys", err)
+	}
+	return nil
 }
 
 // usableState returns nil for a key that may encrypt (K7: Active, or Pre-Active,

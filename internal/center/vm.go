@@ -94,6 +94,8 @@ func (c *Center) onHost(ctx context.Context, host Ref, doing string, f func(*lin
 		err = f(l, h, client)
 		pause := busyPause
 		switch {
+		case errors.Is(err, context.Canceled) && ctx.Err() == nil && down < unavailable:
+			down++ // the host gave up the call, not we
 		case task.Is(err, task.HostDown) && down < unavailable:
 			down++
 			c.log.Info("a host went away during a call; waiting for it", "host", h.Name, "doing", doing, "error", err)

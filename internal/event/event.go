@@ -56,6 +56,7 @@ const (
 	HostRemoved       = "com.mortise.host.Removed"
 	HostConnected     = "com.mortise.host.Connected"
 	HostLost          = "com.mortise.host.ConnectionLost"
+	HostRestarted     = "com.mortise.host.Restarted"
 	HostAlarm         = "com.mortise.host.Alarm"
 	LoginSuccess      = "vim.event.UserLoginSessionEvent"
 	LoginFailure      = "vim.event.BadUsernameSessionEvent"

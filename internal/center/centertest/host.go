@@ -47,6 +47,7 @@ type Host struct {
 	busy     map[string]bool
 	watchers map[chan *hostapi.HostEvent]struct{}
 	calls    map[string]int
+	booted   time.Time
 	onCall   func(method string) error
 	onStep   func(step int)
 }
@@ -68,7 +69,7 @@ type guest struct {
 // NewHost makes a host that has joined nothing yet.
 func NewHost(t testing.TB, name string, stores ...*Datastore) *Host {
 	h := &Host{Name: name, UUID: uuid.NewString(), Stores: stores, Networks: []string{"default"}, t: t, addr: "127.0.0.1:0",
-		keys: map[string]*heldKey{}, running: map[string]*guest{}, busy: map[string]bool{}, watchers: map[chan *hostapi.HostEvent]struct{}{}, calls: map[string]int{}}
+		keys: map[string]*heldKey{}, running: map[string]*guest{}, busy: map[string]bool{}, watchers: map[chan *hostapi.HostEvent]struct{}{}, calls: map[string]int{}, booted: time.Now().Add(-time.Hour)}
 	t.Cleanup(h.Stop)
 	return h
 }
@@ -162,6 +163,7 @@ func (h *Host) Restart() {
 	h.Stop()
 	h.mu.Lock()
 	h.keys, h.running, h.busy, h.term = map[string]*heldKey{}, map[string]*guest{}, map[string]bool{}, 0
+	h.booted = time.Now()
 	h.mu.Unlock()
 	h.Start()
 }
@@ -255,8 +257,10 @@ func (s *service) Describe(context.Context, *hostapi.DescribeRequest) (*hostapi.
 }
 
 func (h *Host) describe() *hostapi.HostInfo {
+	h.mu.Lock()
+	defer h.mu.Unlock()
 	info := &hostapi.HostInfo{Name: h.Name, Uuid: h.UUID, Version: "test", Hypervisor: "none", CpuModel: "test", CpuCores: 2, CpuMhz: 3000, MemoryBytes: 8 << 30,
-		Aes: true, Xts: "generic", Os: "test", IncapableReasons: h.Incapable, BootTimeUnix: 1_700_000_000}
+		Aes: true, Xts: "generic", Os: "test", IncapableReasons: h.Incapable, BootTimeUnix: h.booted.Unix()}
 	for _, d := range h.Stores {
 		info.Datastores = append(info.Datastores, &hostapi.DatastoreInfo{Name: d.Name, Uuid: d.UUID, Path: "/" + d.Name, CapacityBytes: 1 << 40, FreeBytes: 1 << 39, Type: "test"})
 	}
