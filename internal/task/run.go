@@ -168,14 +168,18 @@ func (r *Run) finish(ctx context.Context, fault *Fault) error {
 }
 
 func (r *Run) cancelBy(ctx context.Context) error {
-	var refused bool
+	var refused, ended bool
 	err := r.write(ctx, func(rec *Record) {
-		if refused = !rec.Cancelable || rec.Done(); !refused {
+		ended = rec.Done()
+		if refused = !rec.Cancelable || ended; !refused {
 			rec.Cancelled = true
 		}
 	})
 	if err != nil {
 		return err
+	}
+	if ended {
+		return &Fault{Kind: InvalidState, Object: r.id.Ref, Message: fmt.Sprintf("task %s has ended already", r.id.Ref)}
 	}
 	if refused {
 		return &Fault{Kind: NotSupported, Object: r.id.Ref,
