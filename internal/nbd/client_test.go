@@ -2,12 +2,14 @@ package nbd
 
 import (
 	"bytes"
+	"cmp"
 	"context"
 	"encoding/binary"
 	"io"
 	"log/slog"
 	"net"
 	"path/filepath"
+	"slices"
 	"sync"
 	"testing"
 	"time"
@@ -22,6 +24,15 @@ type client struct {
 	structured bool
 	size       uint64
 	flags      uint16
+
+	partial map[uint64][]chunk // content of replies that are not complete, by cookie
+}
+
+type chunk struct {
+	off  uint64
+	data []byte
+	hole bool
+	err  errno
 }
 
 // serve starts a server with one export, "disk", and returns its socket.
@@ -210,6 +221,7 @@ type reply struct {
 	chunk   uint16 // of a structured reply
 	data    []byte // what was read, or the descriptors of block status
 	hole    bool
+	chunks  int // of content or with an offset
 	extents []extent
 }
 
@@ -238,22 +250,20 @@ func (c *client) receive(n int) (r reply) {
 	default:
 		c.t.Fatalf("reply with magic %#x", magic)
 	}
-	if flags := binary.BigEndian.Uint16(c.read(2)); flags != chunkDone {
-		c.t.Fatalf("chunk with flags %#x", flags)
-	}
+	flags := binary.BigEndian.Uint16(c.read(2))
 	r.chunk = binary.BigEndian.Uint16(c.read(2))
 	r.cookie = binary.BigEndian.Uint64(c.read(8))
 	b := c.read(int(binary.BigEndian.Uint32(c.read(4))))
+	var part chunk
 	switch r.chunk {
 	case chunkNone:
 		if len(b) != 0 {
 			c.t.Fatalf("NONE chunk with %d bytes", len(b))
 		}
 	case chunkOffsetData:
-		r.data = b[8:]
+		part = chunk{off: binary.BigEndian.Uint64(b), data: b[8:]}
 	case chunkOffsetHole:
-		r.hole = true
-		r.data = make([]byte, binary.BigEndian.Uint32(b[8:]))
+		part = chunk{off: binary.BigEndian.Uint64(b), data: make([]byte, binary.BigEndian.Uint32(b[8:])), hole: true}
 	case chunkBlockStatus:
 		if id := binary.BigEndian.Uint32(b); id != metaAllocationID {
 			c.t.Fatalf("block status of context %d", id)
@@ -267,9 +277,41 @@ func (c *client) receive(n int) (r reply) {
 		if int(binary.BigEndian.Uint16(b[4:])) != len(r.text) || r.err == 0 {
 			c.t.Fatalf("error chunk %x", b)
 		}
+	case chunkErrorOffset:
+		part = chunk{off: binary.BigEndian.Uint64(b[6:]), err: errno(binary.BigEndian.Uint32(b))}
 	default:
 		c.t.Fatalf("chunk of type %d", r.chunk)
 	}
+	if c.partial == nil {
+		c.partial = map[uint64][]chunk{}
+	}
+	parts := c.partial[r.cookie]
+	if part.data != nil || part.err != 0 {
+		parts = append(parts, part)
+	}
+	if flags&chunkDone == 0 {
+		if flags != 0 || part.data == nil && part.err == 0 {
+			c.t.Fatalf("chunk of type %d with flags %#x", r.chunk, flags)
+		}
+		c.partial[r.cookie] = parts
+		return c.receive(n)
+	}
+	delete(c.partial, r.cookie)
+	// Pieces come in any order, but make one range without gaps.
+	slices.SortFunc(parts, func(a, b chunk) int { return cmp.Compare(a.off, b.off) })
+	r.hole = len(parts) > 0
+	for i, p := range parts {
+		if p.err != 0 {
+			r.err = p.err
+			continue
+		}
+		if i > 0 && r.err == 0 && p.off != parts[0].off+uint64(len(r.data)) {
+			c.t.Fatalf("chunk at %d behind %d bytes from %d", p.off, len(r.data), parts[0].off)
+		}
+		r.data = append(r.data, p.data...)
+		r.hole = r.hole && p.hole
+	}
+	r.chunks = len(parts)
 	return r
 }
 
@@ -327,7 +369,11 @@ func (c *client) skipReply(b []byte) {
 	}
 	read(simpleSize)
 	if binary.BigEndian.Uint32(b) == magicStructured {
+		done := b[5]&chunkDone != 0
 		read(chunkHeaderSize - simpleSize)
 		read(int(binary.BigEndian.Uint32(b)))
+		if !done {
+			c.skipReply(b)
+		}
 	}
 }

@@ -20,6 +20,9 @@ type inbox struct {
 	b     []byte
 	r, w  int  // b[r:w] is unused
 	short bool // the last request was a large write
+
+	rest  header // what is not yet taken of a request that is split; n is 0 if none is
+	whole *whole
 }
 
 // init takes over what the handshake has read too much.
@@ -30,30 +33,68 @@ func (in *inbox) init(left *bufio.Reader) error {
 	return err
 }
 
-// next reads a request, and for a write its payload. Before it waits for the
-// client it sends the replies that are ready.
+// next returns the next request, and of a write its payload; a large one comes
+// in pieces. Before it waits for the client it sends the replies that are ready.
 func (c *conn) next() (*request, error) {
+	in := &c.in
+	if in.rest.n > 0 {
+		return c.piece()
+	}
+	h, err := c.header()
+	if err != nil {
+		return nil, err
+	}
+	r := c.take(h)
+	c.check(r)
+	if r.errno == 0 && c.splits(h) {
+		c.drop(r)
+		in.rest, in.whole = h, c.srv.newWhole(int((h.off%pieceSize+uint64(h.n)+pieceSize-1)/pieceSize))
+		return c.piece()
+	}
+	return r, c.admit(r)
+}
+
+// header reads the next request's header.
+func (c *conn) header() (header, error) {
 	in := &c.in
 	for in.w-in.r < requestSize {
 		if err := c.fill(); err != nil {
 			if err == io.EOF && in.w > in.r {
 				err = io.ErrUnexpectedEOF
 			}
-			return nil, err
+			return header{}, err
 		}
 	}
 	h, ok := parseHeader(in.b[in.r:])
 	if !ok {
-		return nil, fmt.Errorf("nbd: request with magic %#x", in.b[in.r:in.r+4])
+		return h, fmt.Errorf("nbd: request with magic %#x", in.b[in.r:in.r+4])
 	}
 	in.r += requestSize
 	if h.cmd == cmdDisconnect {
-		return nil, io.EOF
+		return h, io.EOF
 	}
 	if h.cmd == cmdWrite && h.n > maxPayload {
-		return nil, fmt.Errorf("nbd: write of %d bytes, at most %d are taken", h.n, maxPayload)
+		return h, fmt.Errorf("nbd: write of %d bytes, at most %d are taken", h.n, maxPayload)
 	}
-	return c.admit(h)
+	return h, nil
+}
+
+// splits reports whether h is served in pieces: of a read they are chunks of a
+// structured reply.
+func (c *conn) splits(h header) bool {
+	return h.n > pieceSize && (h.cmd == cmdWrite || h.cmd == cmdRead && c.structured && h.flags&cmdFlagDF == 0)
+}
+
+// piece takes the next piece of a request.
+func (c *conn) piece() (*request, error) {
+	rest := &c.in.rest
+	h := *rest
+	h.n = min(h.n, uint32(pieceSize-h.off%pieceSize))
+	rest.off += uint64(h.n)
+	rest.n -= h.n
+	r := c.take(h)
+	r.whole = c.in.whole
+	return r, c.admit(r)
 }
 
 // fill reads more bytes behind those that are there.

@@ -120,6 +120,7 @@ const (
 	chunkOffsetHole  = 2
 	chunkBlockStatus = 5
 	chunkError       = 1<<15 + 1
+	chunkErrorOffset = 1<<15 + 2
 )
 
 const (

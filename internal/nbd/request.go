@@ -4,6 +4,7 @@ import (
 	"bytes"
 	"encoding/binary"
 	"errors"
+	"sync"
 	"sync/atomic"
 	"time"
 )
@@ -12,9 +13,10 @@ import (
 // again and again: serving one allocates nothing.
 type request struct {
 	header
-	errno   errno
-	reason  string // what was wrong with the request, for the client
-	dropped bool   // never reached the device; not answered
+	whole  *whole // what r is a piece of, or nil
+	errno  errno
+	reason string // what was wrong with the request, for the client
+	silent bool   // not answered: it never reached the device, or a later piece answers
 
 	buf  *buffer // payload of a write, result of a read or of block status
 	cost int     // bytes of buf that count against the connection's limit
@@ -33,9 +35,43 @@ func newRequest() *request {
 	return r
 }
 
-// small reports whether r moves so little data that it may be quick.
-func (r *request) small() bool {
-	return (r.cmd == cmdRead || r.cmd == cmdWrite) && r.n <= smallRequest && r.flags&cmdFlagFUA == 0
+func (r *request) reset(h header) {
+	r.header, r.whole = h, nil
+	r.errno, r.reason, r.silent = 0, "", false
+	r.cost, r.headLen, r.tail, r.extents, r.covered = 0, 0, nil, 0, 0
+}
+
+// pieceSize is the length of the pieces that large reads and writes are served
+// in, and a multiple of which they end at, in bytes. A piece goes through the
+// CPU's cache on its way between device and client, one buffer serves all, and
+// a client can use the first while the last is read.
+const pieceSize = 128 << 10
+
+// whole is a request that is served in pieces.
+type whole struct {
+	mu   sync.Mutex
+	left int   // pieces that are not finished
+	err  error // of the first piece that failed
+}
+
+func (s *Server) newWhole(pieces int) *whole {
+	w, _ := s.wholes.Get().(*whole)
+	if w == nil {
+		w = &whole{}
+	}
+	w.left, w.err = pieces, nil
+	return w
+}
+
+// finish counts a piece and reports whether it was the last.
+func (w *whole) finish(err error) (last bool) {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	if w.err == nil {
+		w.err = err
+	}
+	w.left--
+	return w.left == 0
 }
 
 func (r *request) refuse(e errno, reason string) { r.errno, r.reason = e, reason }
@@ -95,11 +131,13 @@ func (c *conn) check(r *request) {
 func (c *conn) serve(r *request) {
 	if r.errno == 0 {
 		if !c.exp.gate.enter(c.stop) {
-			r.dropped = true
+			r.silent = true
 			return
 		}
+		began := time.Now()
 		err := c.do(r)
 		c.exp.gate.leave()
+		c.took(r, time.Since(began))
 		if err != nil {
 			r.errno = errnoOf(err)
 			if r.errno != eNOTSUP || r.flags&cmdFlagFastZero == 0 {
@@ -107,7 +145,9 @@ func (c *conn) serve(r *request) {
 			}
 		}
 	}
-	r.reply(c.structured)
+	if !r.silent {
+		r.reply(c.structured)
+	}
 }
 
 func (c *conn) do(r *request) error {
@@ -125,6 +165,14 @@ func (c *conn) do(r *request) error {
 		return dev.Flush(c.ctx)
 	case cmdWrite:
 		err = dev.WriteAt(r.buf.b[:n], off)
+		if w := r.whole; w != nil {
+			if !w.finish(err) {
+				r.silent = true
+				return nil
+			}
+			err = w.err
+			c.srv.wholes.Put(w)
+		}
 	case cmdTrim:
 		err = dev.Trim(off, n)
 	case cmdWriteZeroes:
@@ -182,9 +230,13 @@ func (r *request) addExtent(n int64, s Status) bool {
 
 // reply encodes the answer.
 func (r *request) reply(structured bool) {
-	r.tail = nil
 	payload := r.cmd == cmdRead || r.cmd == cmdBlockStatus
 	switch {
+	case r.errno != 0 && r.cmd == cmdRead && r.whole != nil:
+		b := r.chunk(chunkErrorOffset, 14)
+		b = binary.BigEndian.AppendUint32(b, uint32(r.errno))
+		b = binary.BigEndian.AppendUint16(b, 0)
+		r.headLen = len(binary.BigEndian.AppendUint64(b, r.off))
 	case r.errno != 0 && structured:
 		b := r.chunk(chunkError, 6+len(r.reason))
 		b = binary.BigEndian.AppendUint32(b, uint32(r.errno))
@@ -216,10 +268,14 @@ func (r *request) reply(structured bool) {
 	}
 }
 
-// chunk begins the only chunk of a structured reply.
+// chunk begins a chunk of a structured reply: the only one, unless r is a piece.
 func (r *request) chunk(kind uint16, n int) []byte {
+	flags := uint16(chunkDone)
+	if r.whole != nil && r.cmd == cmdRead {
+		flags = 0
+	}
 	b := binary.BigEndian.AppendUint32(r.head[:0], magicStructured)
-	b = binary.BigEndian.AppendUint16(b, chunkDone)
+	b = binary.BigEndian.AppendUint16(b, flags)
 	b = binary.BigEndian.AppendUint16(b, kind)
 	b = binary.BigEndian.AppendUint64(b, r.cookie)
 	return binary.BigEndian.AppendUint32(b, uint32(n))

@@ -22,8 +22,9 @@ type Options struct {
 // Server serves exports to any number of connections. Its methods may be
 // called from any goroutine.
 type Server struct {
-	opt  Options
-	pool buffers
+	opt    Options
+	pool   buffers
+	wholes sync.Pool // *whole
 
 	mu        sync.Mutex
 	exports   map[string]*Export
@@ -109,7 +110,8 @@ func (e *Export) Disconnect(ctx context.Context) error {
 	return e.srv.drain(ctx, func(c *conn) bool { return c.exp == e })
 }
 
-// Remove withdraws the export and disconnects its clients.
+// Remove withdraws the export and disconnects its clients. When it returns nil
+// nobody uses the device any more.
 func (e *Export) Remove(ctx context.Context) error {
 	e.srv.mu.Lock()
 	if e.srv.exports[e.name] == e {

@@ -34,10 +34,6 @@ func newWire(c net.Conn) (wire, error) {
 	return &netWire{c}, nil
 }
 
-// sendBuffer lets a reply leave in few system calls without waiting for the
-// client to read half of it, in bytes.
-const sendBuffer = 4 << 20
-
 // unixWire does blocking system calls on the socket. Waiting in read(2) costs
 // one system call and one wake-up where Go's poller costs two of each.
 type unixWire struct {
@@ -68,10 +64,6 @@ func newUnixWire(c *net.UnixConn) (*unixWire, error) {
 	if err := unix.SetNonblock(fd, false); err != nil {
 		_ = unix.Close(fd) // nothing was sent on it
 		return nil, err
-	}
-	// More than net.core.wmem_max needs privilege; less is only slower.
-	if unix.SetsockoptInt(fd, unix.SOL_SOCKET, unix.SO_SNDBUFFORCE, sendBuffer) != nil {
-		_ = unix.SetsockoptInt(fd, unix.SOL_SOCKET, unix.SO_SNDBUF, sendBuffer)
 	}
 	return &unixWire{fd: fd}, nil
 }

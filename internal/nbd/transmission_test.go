@@ -25,7 +25,7 @@ func TestReadWrite(t *testing.T) {
 				t.Errorf("size %d", c.size)
 			}
 			// Sizes around those at which the server's ways part.
-			for _, n := range []int{512, 4096, smallRequest, smallRequest + 512, inboxSize - requestSize + 4, inboxSize, inboxSize + 512, 1 << 20, maxPayload} {
+			for _, n := range []int{512, 4096, pieceSize, pieceSize + 512, 3 * pieceSize, inboxSize - requestSize + 4, inboxSize, inboxSize + 512, 1 << 20, maxPayload} {
 				n = n / 512 * 512
 				off := uint64(mathrand.IntN((80<<20-n)/512) * 512)
 				if got := c.mustRead(off, n); !bytes.Equal(got, disk.at(off, n)) {
@@ -432,6 +432,52 @@ func TestParallelSmall(t *testing.T) {
 	}
 }
 
+// Large requests are served in pieces, which the client hardly notices.
+func TestPieces(t *testing.T) {
+	disk := randomDisk(t, 8<<20)
+	_, _, path := serve(t, disk, Options{}, false)
+	c := connect(t, path, true)
+	const off, n = 3*pieceSize - 512, 2*pieceSize + 1024 // touches four pieces
+	r := c.do(cmdRead, 0, off, n, nil)
+	if r.chunks != 4 || !bytes.Equal(r.data, disk.at(off, n)) {
+		t.Errorf("read in %d chunks", r.chunks)
+	}
+	if r := c.do(cmdRead, cmdFlagDF, off, n, nil); r.chunks != 1 || !bytes.Equal(r.data, disk.at(off, n)) {
+		t.Errorf("read with DF in %d chunks", r.chunks)
+	}
+	if calls := disk.calls.Load(); calls != 5 {
+		t.Errorf("%d calls", calls)
+	}
+	if r := c.do(cmdWrite, cmdFlagFUA, off, n, make([]byte, n)); r.err != 0 || !isZero(disk.at(off, n)) || disk.flushes.Load() != 1 || !disk.durable() {
+		t.Errorf("write with FUA: error %d, %d flushes", r.err, disk.flushes.Load())
+	}
+	if r := c.do(cmdRead, 0, off, n, nil); r.chunks != 4 || !r.hole {
+		t.Errorf("read of zeros in %d chunks, hole %v", r.chunks, r.hole)
+	}
+	// One piece that fails fails the request, and the connection lives on.
+	for piece := range int64(4) {
+		disk.failWith(func(_ string, at int64) error {
+			if at/pieceSize == off/pieceSize+piece {
+				return syscall.ENOSPC
+			}
+			return nil
+		})
+		for _, cmd := range []command{cmdRead, cmdWrite} {
+			var p []byte
+			if cmd == cmdWrite {
+				p = make([]byte, n)
+			}
+			if r := c.do(cmd, 0, off, n, p); r.err != eNOSPC {
+				t.Errorf("%v with a bad piece %d: error %d", cmd, piece, r.err)
+			}
+		}
+		if r := c.do(cmdWrite, cmdFlagFUA, off, n, make([]byte, n)); r.err != eNOSPC || disk.flushes.Load() != 1 {
+			t.Error("a write that failed was flushed")
+		}
+		c.mustRead(4<<20, 4096)
+	}
+}
+
 // A client that sends requests and takes no replies is not read from for ever,
 // and others do not notice.
 func TestClientThatDoesNotRead(t *testing.T) {
@@ -448,8 +494,8 @@ func TestClientThatDoesNotRead(t *testing.T) {
 	if sent == 100_000 {
 		t.Error("the server reads without end")
 	}
-	if n := disk.calls.Load(); n*(1<<20) > maxInHandBytes+sendBuffer*2+1<<20 {
-		t.Errorf("%d MiB were read for a client that takes nothing", n)
+	if n := disk.calls.Load() * pieceSize; n > maxInHandBytes+16<<20 {
+		t.Errorf("%d MiB were read for a client that takes nothing", n>>20)
 	}
 	connect(t, path, true).mustRead(0, 4096)
 	ctx, cancel := context.WithTimeout(context.Background(), 50*time.Millisecond)
@@ -486,7 +532,7 @@ func TestTransmissionGarbage(t *testing.T) {
 		c.c.Close()
 		connect(t, path, true).mustRead(0, 512)
 		if disk.calls.Load() != calls+1 {
-			t.Error("half a write reached the device")
+			t.Error("half a piece of a write reached the device")
 		}
 	})
 }
@@ -528,5 +574,52 @@ func TestNoAllocations(t *testing.T) {
 	runtime.ReadMemStats(&after)
 	if n := float64(after.Mallocs-before.Mallocs) / (8 * rounds); n > 0.1 {
 		t.Errorf("%.2f allocations a request", n)
+	}
+}
+
+// One request that the device sits on holds up nobody, though the device was
+// quick before.
+func TestStuckRequest(t *testing.T) {
+	disk := randomDisk(t, 1<<20)
+	release := make(chan struct{})
+	disk.failWith(func(_ string, off int64) error {
+		if off < 8192 {
+			<-release
+		}
+		return nil
+	})
+	_, _, path := serve(t, disk, Options{Parallel: 3}, false)
+	c := connect(t, path, true)
+	for round := range 3 { // the third time the guard has gone to sleep
+		if round == 2 {
+			time.Sleep(2 * guardSleep)
+		}
+		c.mustRead(64<<10, 4096)
+	}
+	c.send(1, cmdRead, 0, 0, 512, nil)
+	c.send(2, cmdWrite, 0, 4096, 512, make([]byte, 512))
+	for range 100 {
+		c.mustRead(64<<10, 4096)
+	}
+	close(release)
+	if a, b := c.receive(0), c.receive(0); a.cookie+b.cookie != 3 {
+		t.Errorf("replies %d and %d", a.cookie, b.cookie)
+	}
+}
+
+// A client may send all it has before it takes a reply.
+func TestClientThatSendsFirst(t *testing.T) {
+	disk := randomDisk(t, 4<<20)
+	_, _, path := serve(t, disk, Options{}, false)
+	c := connect(t, path, true)
+	const n = 8
+	for i := range uint64(n) { // far more than the socket's buffers hold
+		c.send(2*i, cmdRead, 0, 0, 2<<20, nil)
+		c.send(2*i+1, cmdWrite, 0, 2<<20, 2<<20, make([]byte, 2<<20))
+	}
+	for range 2 * n {
+		if r := c.receive(0); r.err != 0 || r.cookie%2 == 0 && len(r.data) != 2<<20 {
+			t.Fatalf("reply %d: error %d, %d bytes", r.cookie, r.err, len(r.data))
+		}
 	}
 }
