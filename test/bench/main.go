@@ -29,6 +29,7 @@ func main() {
 	defer stop()
 	groups := []group{
 		{"xts", benchXTS},
+		{"nbd", benchNBD},
 	}
 	if err := run(ctx, groups, os.Args[1:]); err != nil {
 		fmt.Fprintln(os.Stderr, "bench:", err)
