@@ -2,6 +2,7 @@ package center
 
 import (
 	"context"
+	"fmt"
 
 	"mortise/internal/authz"
 	"mortise/internal/inventory"
@@ -14,4 +15,12 @@ func (c *Center) Events(ctx context.Context, p Principal, after int64, max int) 
 	}
 	list, err := c.events.After(ctx, after, max)
 	return list, storeFault("reading the events", err)
+}
+
+// were begins a sentence about n things: "1 key was", "2 keys were".
+func were(n int, what string) string {
+	if n == 1 {
+		return "1 " + what + " was"
+	}
+	return fmt.Sprintf("%d %ss were", n, what)
 }

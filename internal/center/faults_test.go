@@ -176,7 +176,7 @@ func TestInterruptedConversion(t *testing.T) {
 	w.faulted(task.TaskInProgress, string(taskRef)+" web", second(w.c.PowerOn(ctx, w.p, ref)))
 	w.faulted(task.TaskInProgress, "web", w.c.UnregisterVM(ctx, w.p, ref))
 	w.must(w.c.CancelTask(ctx, w.p, taskRef))
-	w.faulted(task.Canceled, "web cancelled", second2(w.end(taskRef, nil)))
+	w.faulted(task.Canceled, "web cancelled again finishes", second2(w.end(taskRef, nil)))
 	w.host.OnStep(nil)
 	vm = w.vm(ref)
 	if vm.Disks[0].Converting == nil || *vm.Disks[0].KeyID != target || *vm.KeyID == target {
@@ -325,7 +325,7 @@ func TestNames(t *testing.T) {
 	w.fails(task.NoDiskSpace, "full", "", taskErr(w, vmSpec("full", policy.VMEncryption)))
 	w.ds.SetFull(false)
 	types, text := w.events()
-	if !slices.Contains(types, event.KeyOrphaned) || !strings.Contains(text, "1 keys were made and nothing uses them") {
+	if !slices.Contains(types, event.KeyOrphaned) || !strings.Contains(text, "1 key was made and not used") {
 		t.Errorf("no event names the orphaned key:\n%s", text)
 	}
 	orphans := len(w.kms.Keys())

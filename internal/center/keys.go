@@ -77,11 +77,11 @@ func (c *Center) push(ctx context.Context, host *inventory.Host, client hostapi.
 	if _, err := client.PushKeys(ctx, request); err != nil {
 		err = hostFault(host, nil, "sending keys", err)
 		c.events.Post(ctx, Event{Type: event.SendKeyError, Severity: event.Error, Entity: host.Ref, Keys: sent,
-			Message: fmt.Sprintf("%d keys could not be sent to host %q: %v", len(sent), host.Name, err)})
+			Message: fmt.Sprintf("%s not sent to host %q: %v", were(len(sent), "key"), host.Name, err)})
 		return failed, err
 	}
 	c.events.Post(ctx, Event{Type: event.KeyPushed, Entity: host.Ref, Keys: sent,
-		Message: fmt.Sprintf("%d keys were sent to host %q: %s", len(sent), host.Name, why)})
+		Message: fmt.Sprintf("%s sent to host %q: %s", were(len(sent), "key"), host.Name, why)})
 	return failed, nil
 }
 
@@ -280,7 +280,7 @@ func (c *Center) reportFailed(ctx context.Context, host *inventory.Host, failed 
 	if len(why) > 3 {
 		why = append(why[:3], fmt.Sprintf("and %d more reasons", len(why)-3))
 	}
-	message := fmt.Sprintf("%d keys that VMs on host %q need could not be sent: %s", len(failed), host.Name, strings.Join(why, "; "))
+	message := fmt.Sprintf("%s not sent that VMs on host %q need: %s", were(len(failed), "key"), host.Name, strings.Join(why, "; "))
 	_, err := c.inv.EditHost(ctx, host.Ref, func(h *inventory.Host) error {
 		if h.Problem == message {
 			return errSaid
@@ -389,7 +389,7 @@ func (c *Center) replayRemovals(ctx context.Context, ref Ref, client hostapi.Hos
 	})
 	if len(removed) > 0 && err == nil {
 		c.events.Post(ctx, Event{Type: event.KeyRemoved, Entity: ref, Keys: removed,
-			Message: fmt.Sprintf("%d key uses were removed from host %q", len(removed), host.Name)})
+			Message: fmt.Sprintf("%s removed from host %q", were(len(removed), "key use"), host.Name)})
 	}
 	return err
 }

@@ -10,6 +10,7 @@ import (
 	"net"
 	"slices"
 	"strconv"
+	"strings"
 	"sync"
 	"time"
 
@@ -364,16 +365,26 @@ func providerFault(id KeyID, doing string, err error) error {
 		f = fault(task.KeyRequired, "%s is not at the key server; it was destroyed, or the server is another one. Restore the key there, or recrypt from a host that still holds it", what)
 		f.MessageKey = "msg.vigor.enc.keyNotFound"
 	case errors.Is(err, provider.ErrUnreachable), errors.Is(err, context.DeadlineExceeded):
-		f = fault(task.ProviderDown, "%s %s: no server of the provider answers (%v); see the provider's status and the network between center and the key server", doing, what, err)
+		f = fault(task.ProviderDown, "%s %s: no server of the provider answers (%s); see the provider's status and the network between center and the key server", doing, what, cause(err, provider.ErrUnreachable))
 	case errors.Is(err, provider.ErrUntrusted):
-		f = fault(task.ProviderError, "%s %s: %v; compare the thumbprint of the server's certificate and confirm it (provider trust)", doing, what, err)
+		f = fault(task.ProviderError, "%s %s: %s; compare the thumbprint of the server's certificate and confirm it (provider trust)", doing, what, cause(err, provider.ErrUntrusted))
 	case errors.Is(err, provider.ErrRefused):
-		f = fault(task.ProviderError, "%s %s: %v; register center's client certificate at the key server", doing, what, err)
+		f = fault(task.ProviderError, "%s %s: the key server refuses center (%s); register center's client certificate there", doing, what, cause(err, provider.ErrRefused))
 	default:
-		f = fault(task.ProviderError, "%s %s: %v", doing, what, err)
+		f = fault(task.ProviderError, "%s %s: %s", doing, what, cause(err, provider.ErrFailed))
 	}
 	f.Name = id.Provider
 	return withKey(f.Because(err), id)
+}
+
+// cause is what a provider's error says beyond its kind: the fault says the rest
+// in its own words.
+func cause(err, kind error) string {
+	text := err.Error()
+	if _, after, ok := strings.Cut(text, kind.Error()+": "); ok {
+		return after
+	}
+	return text
 }
 
 // withKey names the key in a fault about its provider.

@@ -99,7 +99,7 @@ func (c *Center) removed(ctx context.Context, run *task.Run, vm *inventory.VM, h
 	}
 	if len(unused) > 0 {
 		c.events.Post(ctx, Event{Type: event.KeyOrphaned, User: run.User(), Entity: vm.Ref, Task: run.Ref(), Keys: unused,
-			Message: fmt.Sprintf("%d keys were used by VM %q only. They stay at the key provider, for backups; delete them there when none is left", len(unused), vm.Name)})
+			Message: fmt.Sprintf("%s used by VM %q only. It stays at the key provider, for backups; delete it there when none is left", were(len(unused), "key"), vm.Name)})
 	}
 }
 

@@ -135,7 +135,7 @@ func TestProviderSetup(t *testing.T) {
 		t.Errorf("before the KMS trusts center: %+v", st)
 	}
 	_, err = w.c.GenerateKey(ctx, w.p, provider)
-	w.faulted(task.ProviderError, "refuse certificate", err)
+	w.faulted(task.ProviderError, "refuses certificate", err)
 
 	w.kms.Trust(made)
 	if st = status(); st.State != "green" || !st.Connected || !st.ServerTrusted || !st.ClientTrusted || st.ClientCertNotAfter.IsZero() || st.ServerCertNotAfter.IsZero() {

@@ -90,6 +90,9 @@ func (c *Center) failedReconfigure(ctx context.Context, run *task.Run, vm *inven
 		}
 	}
 	now, ok := inventory.Lookup[inventory.VM](c.view, vm.Ref)
+	if ok && why.Kind == task.Canceled && hasNotes(now) {
+		why.Message += "; what is half way stays usable, and asking for the same again finishes it"
+	}
 	if ok {
 		tried := append(slices.Clone(data.Old), data.Crypto.Keys.ids()...)
 		c.dropKeys(ctx, now.Host, now.UUID, slices.DeleteFunc(tried, func(k KeyID) bool { return k.Key == "" || slices.Contains(now.Keys(), k) }))

@@ -322,7 +322,7 @@ func (c *Center) orphaned(ctx context.Context, run *task.Run, entity Ref, keys k
 		return
 	}
 	c.events.Post(ctx, Event{Type: event.KeyOrphaned, Severity: event.Warning, User: run.User(), Entity: entity, Task: run.Ref(), Keys: made,
-		Message: fmt.Sprintf("%d keys were made and nothing uses them, for the task failed: %v. They stay at the key provider", len(made), why)})
+		Message: fmt.Sprintf("%s made and not used, for the task failed: %v. What was made stays at the key provider", were(len(made), "key"), why)})
 }
 
 // A plannedKey is a key that a task needs: named in the spec, or made by it.
