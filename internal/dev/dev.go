@@ -351,7 +351,21 @@ func (m *Machine) stop(ctx context.Context) error {
 			errs = append(errs, n.virt.Stop(ctx, !m.cfg.KeepGuests))
 		}
 	}
+	m.tidy()
 	return errors.Join(errs...)
+}
+
+// tidy removes the empty folders for sockets. It never goes into a folder: a VM's
+// files could still be mounted there.
+func (m *Machine) tidy() {
+	for _, n := range m.nodes {
+		for _, name := range []string{"vm", "kvm-probe", ""} {
+			_ = os.Remove(filepath.Join(n.run, name))
+		}
+	}
+	for _, name := range []string{m.KMSSocket(), m.CenterSocket(), m.run} {
+		_ = os.Remove(name)
+	}
 }
 
 // stopGuests pulls the plug of a host's guests and waits until its agent has
