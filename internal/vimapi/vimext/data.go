@@ -47,27 +47,28 @@ func (c *Client) ImportDisk(ctx context.Context, vm types.ManagedObjectReference
 	ctx, cancel := context.WithCancel(ctx)
 	defer cancel()
 	pr, pw := io.Pipe()
-	sent := make(chan error, 1)
+	failed := &remembering{Source: source}
+	sent := make(chan struct{})
 	go func() {
-		err := send(pw, source)
-		pw.CloseWithError(err)
-		sent <- err
+		defer close(sent)
+		pw.CloseWithError(send(pw, failed))
 	}()
 	target := c.url(ImportPath, "vm", vm.Value, "disk", strconv.Itoa(int(disk)))
 	req, err := http.NewRequestWithContext(ctx, http.MethodPut, target, pr)
 	if err != nil {
-		pr.CloseWithError(err)
+		pr.Close()
 		return 0, err
 	}
 	req.Header.Set("Content-Type", "application/vnd.mortise.disk")
 	req.Header.Set("Expect", "100-continue") // a refusal comes before the data goes
 	res, err := c.soap.Client.Do(req)
-	pr.CloseWithError(errStopped)
-	if sourceErr := <-sent; sourceErr != nil && !errors.Is(sourceErr, errStopped) {
+	pr.Close()
+	<-sent
+	if failed.err != nil { // it is why the request failed
 		if res != nil {
 			res.Body.Close()
 		}
-		return 0, sourceErr // it is why the request failed
+		return 0, failed.err
 	}
 	if err != nil {
 		return 0, fmt.Errorf("sending the disk to %s: %w", c.soap.URL().Host, err)
@@ -94,7 +95,20 @@ func decode(res *http.Response, v any) error {
 	return e
 }
 
-var errStopped = errors.New("the import has ended")
+// remembering is a Source that keeps its error, to tell it from those of the
+// connection.
+type remembering struct {
+	Source
+	err error
+}
+
+func (r *remembering) Next() (int64, []byte, error) {
+	offset, data, err := r.Source.Next()
+	if err != nil && !errors.Is(err, io.EOF) {
+		r.err = err
+	}
+	return offset, data, err
+}
 
 func send(w io.Writer, source Source) error {
 	b := bufio.NewWriterSize(w, 256<<10)
