@@ -3,6 +3,7 @@ package center
 import (
 	"errors"
 	"fmt"
+	"net"
 	"slices"
 	"strings"
 	"testing"
@@ -266,6 +267,21 @@ func FuzzFolderName(f *testing.F) {
 		}
 		if d := folderName(s); d == "" || d == "." || d == ".." || strings.ContainsAny(d, "/\x00[]") || len(d) > 120 {
 			t.Errorf("VM %q gets the folder %q", s, d)
+		}
+	})
+}
+
+func FuzzJoinAddress(f *testing.F) {
+	for _, s := range []string{"127.0.0.1:8446", "[::1]:1", "esx1:8446", ":8446", "0.0.0.0:1", "a:b", "", "a:70000"} {
+		f.Add(s)
+	}
+	f.Fuzz(func(t *testing.T, s string) {
+		got, err := joinAddress(t.Context(), s)
+		if err != nil {
+			return
+		}
+		if host, port, err := net.SplitHostPort(got); err != nil || host == "" || port == "" || net.ParseIP(host) != nil && net.ParseIP(host).IsUnspecified() {
+			t.Errorf("%q was taken as %q", s, got)
 		}
 	})
 }

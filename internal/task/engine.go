@@ -44,6 +44,7 @@ type Engine struct {
 	cfg      Config
 	records  *store.Collection[Record]
 	handlers map[string]Handler
+	keep     int
 
 	mu      sync.Mutex // guards what follows
 	locks   map[string]inventory.Ref
@@ -56,7 +57,7 @@ type Engine struct {
 // NewEngine loads the tasks. handlers maps a [Spec.Type] to its handler.
 // Nothing runs before [Engine.Run].
 func NewEngine(ctx context.Context, cfg Config, handlers map[string]Handler) (*Engine, error) {
-	e := &Engine{cfg: cfg, handlers: handlers, locks: map[string]inventory.Ref{}, runs: map[inventory.Ref]*Run{}}
+	e := &Engine{cfg: cfg, handlers: handlers, keep: keep, locks: map[string]inventory.Ref{}, runs: map[inventory.Ref]*Run{}}
 	if err := inventory.Track(ctx, cfg.Inventory, "task", &e.records); err != nil {
 		return nil, fmt.Errorf("task: %w", err)
 	}
@@ -354,14 +355,14 @@ func (e *Engine) Wait(ctx context.Context, ref inventory.Ref) (*Record, error) {
 	}
 }
 
-// prune deletes the oldest finished tasks beyond keep.
+// prune deletes the oldest finished tasks beyond those that are kept.
 func (e *Engine) prune(ctx context.Context) {
 	all := e.cfg.Inventory.View().All(inventory.KindTask)
-	if len(all) <= keep+keep/10 {
+	if len(all) <= e.keep+e.keep/10 {
 		return
 	}
 	var ops []store.Op
-	for _, ref := range all[:len(all)-keep] {
+	for _, ref := range all[:len(all)-e.keep] {
 		if r, ok := inventory.Lookup[Record](e.cfg.Inventory.View(), ref); ok && r.Done() && len(ops) < keep {
 			ops = append(ops, e.records.Delete(string(ref), 0))
 		}
