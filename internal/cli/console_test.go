@@ -13,6 +13,8 @@ import (
 	"time"
 
 	"golang.org/x/sys/unix"
+
+	"mortise/internal/vimapi/vimapitest"
 )
 
 // guest is the other end of a console: it answers what it hears in capitals.
@@ -189,4 +191,57 @@ func TestBar(t *testing.T) {
 	if text := string(screen); !strings.Contains(text, "importing a [=") || !strings.Contains(text, "100%  4 B of 4 B  done") {
 		t.Errorf("the screen shows %q", text)
 	}
+}
+
+// TestLoginAtTerminal: who logs in is shown the certificate, answers, and types a
+// password that does not show.
+func TestLoginAtTerminal(t *testing.T) {
+	w := vimapitest.Start(t)
+	t.Setenv("MORTISE_CONFIG", t.TempDir())
+	t.Setenv("MORTISE_PASSWORD", "")
+	for _, c := range []struct {
+		typed []string
+		want  string
+	}{
+		{[]string{"no"}, "not confirmed"},
+		{[]string{"yes", "wrong"}, "wrong user name or password"},
+		{[]string{"yes", ""}, "no password was given"},
+		{[]string{"yes", w.Password}, ""},
+		{[]string{w.Password}, ""}, // known by now
+	} {
+		keyboard, tty := pty(t)
+		asked, screen := make(chan string, 8), &bytes.Buffer{}
+		l := login{streams: &streams{in: tty, out: screen, err: &questions{to: screen, asked: asked}}, user: defaultUser}
+		go func() {
+			for _, line := range c.typed {
+				<-asked
+				time.Sleep(100 * time.Millisecond) // until the echo is off
+				keyboard.WriteString(line + "\n")
+			}
+		}()
+		err := explain(l.run(t.Context(), w.URL))
+		if c.want == "" && err != nil || c.want != "" && (err == nil || !strings.Contains(err.Error(), c.want)) {
+			t.Errorf("%d lines: %v, want %q", len(c.typed), err, c.want)
+		}
+		if c.typed[0] == "yes" && !strings.Contains(screen.String(), w.Thumbprint()) {
+			t.Errorf("the thumbprint was not shown: %s", screen)
+		}
+		keyboard.SetReadDeadline(time.Now().Add(50 * time.Millisecond))
+		if echo, _ := io.ReadAll(keyboard); strings.Contains(string(echo), w.Password) {
+			t.Error("the password shows")
+		}
+	}
+}
+
+// questions tells when a verb has asked something.
+type questions struct {
+	to    io.Writer
+	asked chan string
+}
+
+func (q *questions) Write(b []byte) (int, error) {
+	if bytes.HasSuffix(b, []byte(": ")) {
+		q.asked <- string(b)
+	}
+	return q.to.Write(b)
 }

@@ -64,7 +64,7 @@ func TestScripts(t *testing.T) {
 		Dir: "testdata/script", RequireExplicitExec: true,
 		Setup: func(env *testscript.Env) error {
 			w := vimapitest.Start(env.T().(testing.TB))
-			env.Values["world"] = w
+			env.Values["world"], env.Values["held"] = w, make(chan struct{})
 			env.Setenv("URL", w.URL)
 			env.Setenv("HOSTPORT", strings.TrimPrefix(w.URL, "https://"))
 			env.Setenv("THUMB", w.Thumbprint())
@@ -159,6 +159,16 @@ func worldCmd(ts *testscript.TestScript, _ bool, args []string) {
 			}
 			return nil
 		})
+	case "hold": // METHOD: the host does not begin calls of it before "world go"
+		held := ts.Value("held").(chan struct{})
+		w.Host.OnCall(func(method string) error {
+			if method == args[1] {
+				<-held
+			}
+			return nil
+		})
+	case "go":
+		close(ts.Value("held").(chan struct{}))
 	case "join":
 		w.Join(args[1])
 	case "power-cut":

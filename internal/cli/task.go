@@ -132,7 +132,7 @@ func (c *client) listTasks(ctx context.Context) error {
 	if c.json {
 		return c.printJSON(list)
 	}
-	t := newTable(c.out, "TASK", "WHAT", "ON", "STATE", "PROGRESS", "BY", "BEGUN")
+	t := newTable(c.out, "TASK", "WHAT", "ON", "STATE", "BY", "BEGUN", "PROGRESS")
 	now := time.Now()
 	for _, i := range list {
 		progress := fmt.Sprintf("%.0f%%", i.Percent)
@@ -149,7 +149,7 @@ func (c *client) listTasks(ctx context.Context) error {
 		case string(types.TaskInfoStateSuccess):
 			progress = ""
 		}
-		t.row(i.Task, i.Name, cmp.Or(i.EntityName, i.Entity), i.State, progress, i.User, ago(i.Queued, now))
+		t.row(i.Task, i.Name, cmp.Or(i.EntityName, i.Entity), i.State, i.User, ago(i.Queued, now), progress)
 	}
 	return t.flush()
 }

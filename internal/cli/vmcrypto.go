@@ -181,7 +181,7 @@ func (c *client) convert(ctx context.Context, name, doing, done string, p parts,
 		return err
 	}
 	var vm mo.VirtualMachine
-	if err := c.properties(ctx, ref, []string{"config", "layoutEx"}, &vm); err != nil {
+	if err := c.properties(ctx, ref, []string{"config"}, &vm); err != nil {
 		return err
 	}
 	if vm.Config == nil {
@@ -195,18 +195,40 @@ func (c *client) convert(ctx context.Context, name, doing, done string, p parts,
 		return fmt.Errorf("%s: %w", name, err)
 	}
 	if _, shallow := conv.crypto.(*types.CryptoSpecShallowRecrypt); !shallow && len(chosen) > 0 {
-		var total int64
-		for _, d := range chosen {
-			total += d.CapacityInBytes
+		if err := c.estimate(ctx, ref, doing+" "+name, chosen); err != nil {
+			return err
 		}
-		// center tells how much of it is allocated once the task runs.
-		fmt.Fprintf(c.err, "%s %s: %d of its disks, of %s together, will be rewritten as far as they hold data.\n", doing, clean(name), len(chosen), size(total))
 	}
 	res, err := methods.ReconfigVM_Task(ctx, c.vim, &types.ReconfigVM_Task{This: ref, Spec: *spec})
 	if err != nil {
 		return fmt.Errorf("%s %s: %w", doing, name, err)
 	}
 	return c.finish(ctx, res.Returnval, waiting{title: doing + " " + name, detach: p.detach, done: fmt.Sprintf(done, name)})
+}
+
+// estimate says what a conversion will rewrite, before it begins (rule E7).
+func (c *client) estimate(ctx context.Context, vm types.ManagedObjectReference, title string, chosen []*types.VirtualDisk) error {
+	details, err := c.ext.VMDetail(ctx, false, vm)
+	if err != nil {
+		return fmt.Errorf("%s: reading its disks: %w", title, err)
+	}
+	var data, capacity int64
+	for _, d := range chosen {
+		capacity += d.CapacityInBytes
+		for _, v := range details {
+			for _, disk := range v.Disks {
+				if disk.Key == d.Key {
+					data += disk.AllocatedBytes
+				}
+			}
+		}
+	}
+	disks := "1 disk"
+	if len(chosen) > 1 {
+		disks = fmt.Sprintf("%d disks", len(chosen))
+	}
+	fmt.Fprintf(c.err, "%s rewrites %s: %s of data, of %s.\n", clean(title), disks, size(data), size(capacity))
+	return nil
 }
 
 // onlyPlain narrows the encryption of a whole VM to what is still in clear, when

@@ -289,20 +289,44 @@ func (s *countedStream) Next() (int64, []byte, error) {
 func (c *client) removeHalf(ctx context.Context, vm types.ManagedObjectReference, name string) {
 	end, cancel := context.WithTimeout(context.WithoutCancel(ctx), cleanupTime)
 	defer cancel()
-	err := func() error {
-		res, err := methods.Destroy_Task(end, c.vim, &types.Destroy_Task{This: vm})
-		if err != nil {
-			return err
+	// The import that was broken off may still be ending at center.
+	err := c.destroy(end, vm)
+	for busy(err) && end.Err() == nil {
+		select {
+		case <-time.After(busyPause):
+			err = c.destroy(end, vm)
+		case <-end.Done():
 		}
-		info, err := c.follow(end, res.Returnval, func(state) {})
-		if err == nil && info.State == types.TaskInfoStateError {
-			err = taskFailed("deleting", info)
-		}
-		return err
-	}()
+	}
 	if err != nil {
 		fmt.Fprintf(c.err, "The half-made VM %s could not be removed (%s): mortise vm delete %s\n", clean(name), message(err), cmp.Or(vm.Value, name))
 		return
 	}
 	fmt.Fprintf(c.err, "The half-made VM %s is removed.\n", clean(name))
+}
+
+// busyPause is how long to wait before asking again for what a task is in the
+// way of.
+const busyPause = 300 * time.Millisecond
+
+// busy tells whether an error is that another task works on the same thing.
+func busy(err error) bool {
+	switch vimFault(err).(type) {
+	case types.TaskInProgress, *types.TaskInProgress:
+		return true
+	}
+	return false
+}
+
+// destroy deletes a VM and waits until it is gone.
+func (c *client) destroy(ctx context.Context, vm types.ManagedObjectReference) error {
+	res, err := methods.Destroy_Task(ctx, c.vim, &types.Destroy_Task{This: vm})
+	if err != nil {
+		return err
+	}
+	info, err := c.follow(ctx, res.Returnval, func(state) {})
+	if err == nil && info.State == types.TaskInfoStateError {
+		err = taskFailed("deleting", info)
+	}
+	return err
 }
