@@ -13,8 +13,8 @@ run=(
 	ca-certificates curl
 )
 test=(
-	libvirt-clients openssl gcc libc6-dev
-	python3-pykmip python3-pyvmomi libnbd-bin python3-libnbd fio nbdkit
+	libvirt-clients openssl gcc libc6-dev binutils
+	python3 python3-pykmip python3-cryptography python3-pyvmomi libnbd-bin python3-libnbd fio nbdkit
 )
 
 case "${1:-}" in

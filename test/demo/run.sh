@@ -163,7 +163,8 @@ boot
 guest marker read "$marker" >/dev/null
 ok "power-cycled without the key server (the host holds the key), and the marker is there"
 rm "$state/logs/kms.hold"
-for _ in $(seq 200); do "$mortise" provider ls 2>/dev/null | grep -qi "reachable\|connected\|green\|ok" && break; sleep 0.1; done
+for _ in $(seq 150); do "$mortise" provider status kms1 >/dev/null 2>&1 && break; sleep 0.2; done
+"$mortise" provider status kms1 >/dev/null || fail "the key server does not come back"
 ok "the key server is back"
 
 step "Shallow recrypt under the running guest: new KEK, same data"
