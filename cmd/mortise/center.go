@@ -51,7 +51,7 @@ the mortise client verbs. It keeps the ids of keys, never their bytes.
   center# mortise center token create --name esx1     for each host
   you$    mortise login https://center.example.com:8443`,
 	}
-	cmd.AddCommand(centerServe(), centerStatus(), centerToken(), centerPassword())
+	cmd.AddCommand(centerServe(), centerStatus(), centerToken(), centerUser(), centerPassword())
 	return cmd
 }
 
@@ -250,6 +250,45 @@ lives. The token also says which center is the right one. Treat it as a secret.`
 	create.Flags().DurationVar(&life, "ttl", time.Hour, "how long the token lives")
 	_ = create.MarkFlagRequired("name")
 	cmd.AddCommand(create)
+	return cmd
+}
+
+func centerUser() *cobra.Command {
+	cmd := &cobra.Command{Use: "user", Short: "Accounts of administrators and services"}
+	var socket, fullName, role, file string
+	add := &cobra.Command{
+		Use:   "add NAME",
+		Short: "Make a user with a role on everything",
+		Long: `Makes an account. Roles: Admin (everything), NoCryptoAdmin (everything but keys and
+encryption, and what would go round that), ReadOnly, NoAccess. The generated
+password is printed once, unless --password-file gives one.`,
+		Example: `  mortise center user add backup@mortise.local --role ReadOnly
+  mortise center user add ops@mortise.local --role NoCryptoAdmin --password-file pw`,
+		Args: cobra.ExactArgs(1),
+		RunE: func(cmd *cobra.Command, args []string) error {
+			password := ""
+			if file != "" {
+				var err error
+				if password, err = argument("@" + file); err != nil {
+					return err
+				}
+			}
+			made, err := center.NewAdmin(socket).AddUser(cmd.Context(), args[0], fullName, password, role)
+			if err != nil {
+				return err
+			}
+			fmt.Fprintf(cmd.OutOrStdout(), "User %s has the role %s on everything.\n", args[0], role)
+			if file == "" {
+				fmt.Fprintf(cmd.OutOrStdout(), "The password is %s (shown this once)\n", made)
+			}
+			return nil
+		},
+	}
+	add.Flags().StringVar(&socket, "admin-socket", defaultCenterSocket, "center's admin socket")
+	add.Flags().StringVar(&fullName, "full-name", "", "for people")
+	add.Flags().StringVar(&role, "role", "ReadOnly", "Admin, NoCryptoAdmin, ReadOnly or NoAccess")
+	add.Flags().StringVar(&file, "password-file", "", "file with the password")
+	cmd.AddCommand(add)
 	return cmd
 }
 

@@ -9,6 +9,7 @@ import (
 	"net"
 	"os"
 	"path/filepath"
+	"runtime/debug"
 	"time"
 
 	"github.com/google/uuid"
@@ -58,6 +59,8 @@ func rootKey(dir string, passphraseFile, credential string) (*rootkey.Key, error
 		return nil, fmt.Errorf("%w (--passphrase-file)", err)
 	}
 	defer pass.Wipe()
+	// Opening it takes 256 MiB (scrypt), which the runtime would keep.
+	defer debug.FreeOSMemory()
 	path := filepath.Join(dir, "root.key")
 	if _, err := os.Lstat(path); errors.Is(err, fs.ErrNotExist) {
 		return rootkey.Create(path, pass, 0)
