@@ -30,6 +30,7 @@ func main() {
 	groups := []group{
 		{"xts", benchXTS},
 		{"nbd", benchNBD},
+		{"kms", benchKMS},
 	}
 	if err := run(ctx, groups, os.Args[1:]); err != nil {
 		fmt.Fprintln(os.Stderr, "bench:", err)
