@@ -1,6 +1,7 @@
 package vdisk
 
 import (
+	"encoding/binary"
 	"errors"
 	"fmt"
 	"io"
@@ -245,8 +246,10 @@ func forRuns(p []byte, f func(a, b int)) {
 	}
 }
 
-// isZero looks at all bytes of a sector, but rarely at more than eight.
-func isZero(s []byte) bool { return [SectorSize]byte(s) == [SectorSize]byte{} }
+// isZero looks at all bytes of a sector only if its first eight are zero.
+func isZero(s []byte) bool {
+	return binary.NativeEndian.Uint64(s) == 0 && [SectorSize]byte(s) == [SectorSize]byte{}
+}
 
 func unitOf(off int64) uint64    { return uint64(off) / UnitSize }
 func offsetInUnit(off int64) int { return int(off % UnitSize) }
