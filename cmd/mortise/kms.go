@@ -126,6 +126,7 @@ func serveKMS(ctx context.Context, cfg kmsConfig, isDev bool) error {
 	if err != nil {
 		return err
 	}
+	defer os.Remove(cfg.AdminSocket)
 	l, err := net.Listen("tcp", cfg.Listen)
 	if err != nil {
 		return err

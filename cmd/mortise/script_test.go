@@ -1,0 +1,62 @@
+package main
+
+import (
+	"context"
+	"fmt"
+	"net"
+	"os"
+	"os/signal"
+	"syscall"
+	"testing"
+	"time"
+
+	"github.com/rogpeppe/go-internal/testscript"
+)
+
+func TestMain(m *testing.M) {
+	testscript.Main(m, map[string]func(){"mortise": func() {
+		ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM)
+		defer stop()
+		os.Exit(run(ctx, os.Args[1:]))
+	}})
+}
+
+// TestScripts runs the roles as an administrator starts them.
+func TestScripts(t *testing.T) {
+	testscript.Run(t, testscript.Params{
+		Dir: "testdata/script",
+		Setup: func(env *testscript.Env) error {
+			// Sockets have short paths; ports must be free.
+			dir, err := os.MkdirTemp("", "mtss")
+			if err != nil {
+				return err
+			}
+			env.Defer(func() { os.RemoveAll(dir) })
+			env.Setenv("SOCK", dir)
+			for _, name := range []string{"PORT1", "PORT2"} {
+				l, err := net.Listen("tcp", "127.0.0.1:0")
+				if err != nil {
+					return err
+				}
+				env.Setenv(name, fmt.Sprint(l.Addr().(*net.TCPAddr).Port))
+				l.Close()
+			}
+			return nil
+		},
+		Cmds: map[string]func(*testscript.TestScript, bool, []string){
+			// waitfor FILE waits until it is there.
+			"waitfor": func(ts *testscript.TestScript, _ bool, args []string) {
+				for range 300 {
+					if _, err := os.Stat(ts.MkAbs(args[0])); err == nil {
+						return
+					}
+					time.Sleep(100 * time.Millisecond)
+				}
+				ts.Fatalf("%s does not appear", args[0])
+			},
+			"chmod600": func(ts *testscript.TestScript, _ bool, args []string) {
+				ts.Check(os.Chmod(ts.MkAbs(args[0]), 0o600))
+			},
+		},
+	})
+}
