@@ -51,6 +51,10 @@ func FuzzConnection(f *testing.F) {
 		header{cmd: cmdDisconnect}.bytes()), true)
 	f.Add(join(open, header{cmd: cmdRead, off: 1<<64 - 1, n: 1<<32 - 1}.bytes(), header{cmd: cmdWrite, n: 1<<32 - 1}.bytes()), false)
 	f.Add(join(open, header{cmd: cmdWrite, off: 1<<20 - 512, n: 4096}.bytes(), make([]byte, 4000)), true)
+	f.Add(join(open,
+		header{cmd: cmdWrite, cookie: 1, off: pieceSize - 512, n: pieceSize + 1024}.bytes(), bytes.Repeat([]byte{3}, pieceSize+1024),
+		header{cmd: cmdRead, cookie: 2, off: 512, n: 1<<20 - 512}.bytes(),
+		header{cmd: cmdRead, cookie: 3, n: 1 << 20, flags: cmdFlagDF}.bytes()), false)
 	f.Fuzz(func(t *testing.T, b []byte, readOnly bool) {
 		s := New(Options{Logger: slog.New(slog.DiscardHandler), HandshakeTimeout: 5 * time.Second})
 		if _, err := s.Add("disk", newMemDisk(t, 1<<20), readOnly); err != nil {

@@ -607,6 +607,57 @@ func TestStuckRequest(t *testing.T) {
 	}
 }
 
+// A device that is quick or slow without a rule, under clients that keep many
+// requests of all sizes on their way: the token goes from hand to hand, and
+// everybody gets his own data.
+func TestErraticDevice(t *testing.T) {
+	const slots, slotSize, rounds = 24, 512 << 10, 12
+	disk := newMemDisk(t, 2*slots*slotSize)
+	disk.failWith(func(string, int64) error {
+		switch mathrand.IntN(16) {
+		case 0:
+			time.Sleep(time.Duration(mathrand.IntN(4)) * time.Millisecond)
+		case 1:
+			time.Sleep(50 * time.Microsecond)
+		}
+		return nil
+	})
+	_, _, path := serve(t, disk, Options{Parallel: 4}, false)
+	together(2, func(client int) {
+		c := connect(t, path, true)
+		base := uint64(client) * slots * slotSize
+		for round := range byte(rounds) {
+			size := func(slot int) int { return 512 << ((slot + int(round)) % 11) } // to 512 KiB
+			var burst []byte
+			for slot := range slots {
+				h := header{cmd: cmdWrite, cookie: uint64(slot), off: base + uint64(slot)*slotSize, n: uint32(size(slot))}
+				if slot%7 == 0 {
+					h.flags = cmdFlagFUA
+				}
+				burst = append(burst, join(h.bytes(), bytes.Repeat([]byte{byte(slot) ^ round | 0x80}, size(slot)))...)
+			}
+			go func() { _, _ = c.c.Write(burst) }() // a failure shows as missing replies
+			for range slots {
+				if r := c.receive(0); r.err != 0 {
+					t.Errorf("write %d: error %d", r.cookie, r.err)
+					return
+				}
+			}
+			for slot := range slots {
+				c.send(uint64(slot), cmdRead, 0, base+uint64(slot)*slotSize, uint32(size(slot)), nil)
+			}
+			for range slots {
+				r := c.receive(0)
+				slot := int(r.cookie)
+				if r.err != 0 || !bytes.Equal(r.data, bytes.Repeat([]byte{byte(slot) ^ round | 0x80}, size(slot))) {
+					t.Errorf("read %d: error %d, or not what was written", slot, r.err)
+					return
+				}
+			}
+		}
+	})
+}
+
 // A client may send all it has before it takes a reply.
 func TestClientThatSendsFirst(t *testing.T) {
 	disk := randomDisk(t, 4<<20)
