@@ -10,8 +10,7 @@ import (
 	"sync"
 	"time"
 
-	"google.golang.org/protobuf/encoding/protojson"
-
+	"mortise/internal/domain"
 	"mortise/internal/hostapi"
 	"mortise/internal/keysafe"
 )
@@ -40,11 +39,13 @@ type Agent struct {
 	cfg  Config
 	log  *slog.Logger
 	keys *keyCache
+	lock *os.File // of the run folder
 
 	mu       sync.Mutex // protects what follows
 	machines map[string]*machine
 	watchers map[chan *hostapi.HostEvent]bool
 	term     int64 // of the last command that was obeyed
+	ended    bool  // by Stop
 
 	ctx     context.Context // ends with Stop; for what outlives a request
 	stop    context.CancelFunc
@@ -56,19 +57,28 @@ type Agent struct {
 // soon as their keys are here.
 func Start(ctx context.Context, cfg Config) (*Agent, error) {
 	ctx, stop := context.WithCancel(ctx)
-	a := &Agent{
-		cfg: cfg, log: cfg.Logger, keys: newKeyCache(cfg.Now), ctx: ctx, stop: stop,
-		machines: map[string]*machine{}, watchers: map[chan *hostapi.HostEvent]bool{},
-	}
-	if err := os.MkdirAll(a.vmDir(""), 0o711); err != nil {
+	if err := os.MkdirAll(filepath.Join(cfg.RunDir, "vm"), 0o711); err != nil {
 		stop()
 		return nil, fmt.Errorf("making the run folder: %w", err)
 	}
-	if err := a.takeOver(ctx); err != nil {
+	lock, err := lockRunDir(cfg.RunDir)
+	if err != nil {
+		stop()
+		return nil, err
+	}
+	a := &Agent{
+		lock: lock,
+		cfg:  cfg, log: cfg.Logger, keys: newKeyCache(cfg.Now), ctx: ctx, stop: stop,
+		machines: map[string]*machine{}, watchers: map[chan *hostapi.HostEvent]bool{},
+	}
+	if a.term, err = readTerm(cfg.RunDir); err == nil {
+		err = a.takeOver(ctx)
+	}
+	if err != nil {
 		a.Stop()
 		return nil, err
 	}
-	a.running.Go(a.followGuests)
+	a.spawn(a.followGuests)
 	return a, nil
 }
 
@@ -76,6 +86,9 @@ func Start(ctx context.Context, cfg Config) (*Agent, error) {
 // agent's end is no reason to stop a machine.
 func (a *Agent) Stop() {
 	a.stop()
+	a.mu.Lock()
+	a.ended = true
+	a.mu.Unlock()
 	a.running.Wait()
 	a.mu.Lock()
 	defer a.mu.Unlock()
@@ -83,36 +96,62 @@ func (a *Agent) Stop() {
 		m.letGo()
 	}
 	a.keys.wipe()
+	a.lock.Close()
 }
 
 // vmDir is the run folder of a VM's vmx.
 func (a *Agent) vmDir(uuid string) string { return filepath.Join(a.cfg.RunDir, "vm", uuid) }
 
-// machineOf finds or makes the record of a VM and notes where center says it is.
-func (a *Agent) machineOf(ref *hostapi.VMRef) (*machine, error) {
-	if _, err := parseUUID(ref.GetUuid()); err != nil {
+// hold finds or makes the record of a VM and keeps it until drop.
+func (a *Agent) hold(uuid string) (*machine, error) {
+	if _, err := parseUUID(uuid); err != nil {
 		return nil, hostapi.Faultf(hostapi.Fault_INVALID, "the VM's UUID: %w", err)
 	}
 	a.mu.Lock()
 	defer a.mu.Unlock()
-	m := a.machines[ref.Uuid]
+	m := a.machines[uuid]
 	if m == nil {
-		m = &machine{agent: a, uuid: ref.Uuid, op: make(chan struct{}, 1), power: hostapi.PowerState_POWERED_OFF}
-		a.machines[ref.Uuid] = m
+		m = &machine{agent: a, uuid: uuid, op: make(chan struct{}, 1), retry: make(chan struct{}, 1), ref: &hostapi.VMRef{Uuid: uuid}}
+		a.machines[uuid] = m
 	}
+	m.users++
 	return m, nil
 }
 
-// forget drops the record of a VM that has neither process nor guest.
-func (a *Agent) forget(m *machine) {
+// held is hold for a VM that has a record, else nil.
+func (a *Agent) held(uuid string) *machine {
 	a.mu.Lock()
 	defer a.mu.Unlock()
-	m.mu.Lock()
-	idle := m.proc == nil && m.power != hostapi.PowerState_POWERED_ON
-	m.mu.Unlock()
-	if idle && a.machines[m.uuid] == m {
-		delete(a.machines, m.uuid)
-		a.tell(&hostapi.HostEvent{Kind: hostapi.HostEvent_VM_GONE, Vm: &hostapi.VMRuntime{Uuid: m.uuid, Power: hostapi.PowerState_POWERED_OFF}})
+	m := a.machines[uuid]
+	if m != nil {
+		m.users++
+	}
+	return m
+}
+
+// drop lets go of a record. With the last user, that of a VM without a guest
+// goes.
+func (a *Agent) drop(m *machine) {
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	m.users--
+	if m.users > 0 || m.isOn() {
+		return
+	}
+	delete(a.machines, m.uuid)
+	a.tell(&hostapi.HostEvent{Kind: hostapi.HostEvent_VM_GONE, Vm: &hostapi.VMRuntime{Uuid: m.uuid, Power: hostapi.PowerState_POWERED_OFF}})
+}
+
+// spawn runs f, which ends with a.ctx, beside; Stop waits for it.
+func (a *Agent) spawn(f func()) {
+	a.mu.Lock()
+	ended := a.ended
+	if !ended {
+		a.running.Go(f)
+	}
+	a.mu.Unlock()
+	if ended {
+		f() // its context has ended: it returns at once
 	}
 }
 
@@ -139,14 +178,21 @@ func (a *Agent) vmxPath(ref *hostapi.VMRef) (string, error) {
 	return p, nil
 }
 
-// obey checks the term of a command: one that a center lost since is refused.
+// obey checks the term of a command: one that a center lost since is refused,
+// also by the agent that runs next.
 func (a *Agent) obey(h *hostapi.Header) error {
 	a.mu.Lock()
 	defer a.mu.Unlock()
-	if h.GetTerm() < a.term {
-		return hostapi.Faultf(hostapi.Fault_STALE_TERM, "the command is of term %d, this host follows term %d: another member of center leads now", h.GetTerm(), a.term)
+	term := h.GetTerm()
+	if term < a.term {
+		return hostapi.Faultf(hostapi.Fault_STALE_TERM, "the command is of term %d, this host follows term %d: another member of center leads now", term, a.term)
 	}
-	a.term = h.GetTerm()
+	if term > a.term {
+		if err := writeTerm(a.cfg.RunDir, term); err != nil {
+			return fmt.Errorf("noting the term of center: %w", err)
+		}
+		a.term = term
+	}
 	return nil
 }
 
@@ -162,47 +208,31 @@ func (a *Agent) takeOver(ctx context.Context) error {
 	}
 	for _, e := range entries {
 		uuid := e.Name()
-		if _, err := parseUUID(uuid); err != nil {
+		if _, err := parseUUID(uuid); err != nil || slices.Contains(guests, uuid) {
 			continue
 		}
-		ref, err := readRef(a.vmDir(uuid))
-		if err != nil {
-			a.log.Warn("a run folder without a readable VM", "vm", uuid, "error", err)
-			ref = &hostapi.VMRef{Uuid: uuid}
-		}
-		runs := slices.Contains(guests, uuid)
-		p, err := adopt(a.vmDir(uuid))
-		if err != nil && !runs {
-			unmountFiles(a.vmDir(uuid))
-			_ = os.RemoveAll(a.vmDir(uuid)) // nothing is left of it
-			continue
-		}
-		m, err := a.machineOf(ref)
-		if err != nil {
-			return err
-		}
-		m.ref = ref
-		if p != nil && !runs {
-			// An operation that the earlier agent led: its end is center's to ask
-			// for again. The VM is let go in an orderly way.
-			a.log.Info("ending the vmx of a VM that is not powered on", "vm", uuid)
-			if err := p.end(ctx); err != nil {
-				a.log.Warn("ending a vmx", "vm", uuid, "error", err)
+		// An operation that the earlier agent led, or a guest that ended since: what
+		// is to be done about it is center's to ask for again. The VM is let go in
+		// an orderly way.
+		dir := a.vmDir(uuid)
+		if p, err := adopt(dir); err == nil {
+			a.log.Info("ending the vmx of a VM that is not powered on", "vm", uuid, "pid", p.pid)
+			if err := p.end(); err != nil {
+				a.log.Error("ending a vmx", "vm", uuid, "error", err)
 			}
-			_ = os.RemoveAll(a.vmDir(uuid))
-			a.forget(m)
+		}
+		if err := removeRunDir(dir); err != nil {
+			a.log.Error("removing the run folder of a VM", "vm", uuid, "error", err)
+		}
+	}
+	for _, uuid := range guests {
+		m, err := a.hold(uuid)
+		if err != nil {
+			a.log.Error("libvirt has a guest whose UUID is none", "vm", uuid, "error", err)
 			continue
 		}
-		m.setPower(hostapi.PowerState_POWERED_ON)
-		if p != nil {
-			if err := m.refill(ctx, p); err != nil {
-				a.log.Warn("taking keys back from a vmx", "vm", uuid, "error", err)
-			}
-			m.attach(p)
-			a.log.Info("adopted a running VM", "vm", uuid, "pid", p.pid)
-		}
-		m.openConsole()
-		a.running.Go(m.supervise)
+		m.takeOver(ctx)
+		a.drop(m)
 	}
 	return nil
 }
@@ -210,11 +240,13 @@ func (a *Agent) takeOver(ctx context.Context) error {
 // followGuests hears from libvirt which guests ended or wait for their disks.
 func (a *Agent) followGuests() {
 	for ev := range a.cfg.Guests.Events(a.ctx) {
-		a.mu.Lock()
-		m := a.machines[ev.UUID]
-		a.mu.Unlock()
-		if m != nil {
+		m := a.held(ev.UUID)
+		switch {
+		case m != nil:
 			m.guestChanged(ev)
+			a.drop(m)
+		case ev.State != domain.Off:
+			a.alarm(&hostapi.VMRuntime{Uuid: ev.UUID}, fmt.Sprintf("libvirt runs a guest of VM %s that was not powered on through this host: power it off", ev.UUID))
 		}
 	}
 }
@@ -232,38 +264,19 @@ func (a *Agent) tell(ev *hostapi.HostEvent) {
 	}
 }
 
+// alarm tells the watchers what a person must know.
+func (a *Agent) alarm(vm *hostapi.VMRuntime, text string) {
+	a.log.Error("alarm", "vm", vm.GetUuid(), "text", text)
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	a.tell(&hostapi.HostEvent{Kind: hostapi.HostEvent_ALARM, Vm: vm, Message: text})
+}
+
 // announce tells the watchers what a VM is now.
 func (a *Agent) announce(m *machine) {
 	a.mu.Lock()
 	defer a.mu.Unlock()
 	a.tell(&hostapi.HostEvent{Kind: hostapi.HostEvent_VM, Vm: m.runtime()})
-}
-
-// refFile keeps, beside a vmx's sockets, which VM it is for. It holds no secret.
-const refFile = "vm.json"
-
-func writeRef(dir string, ref *hostapi.VMRef) error {
-	text, err := protojson.Marshal(ref)
-	if err != nil {
-		return err
-	}
-	tmp := filepath.Join(dir, refFile+".new")
-	if err := os.WriteFile(tmp, text, 0o600); err != nil {
-		return err
-	}
-	return os.Rename(tmp, filepath.Join(dir, refFile))
-}
-
-func readRef(dir string) (*hostapi.VMRef, error) {
-	text, err := os.ReadFile(filepath.Join(dir, refFile))
-	if err != nil {
-		return nil, err
-	}
-	var ref hostapi.VMRef
-	if err := protojson.Unmarshal(text, &ref); err != nil {
-		return nil, err
-	}
-	return &ref, nil
 }
 
 func fromWire(id *hostapi.KeyID) keysafe.KeyID {

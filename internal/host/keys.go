@@ -74,7 +74,14 @@ func (c *keyCache) copyFor(vm string, want []keysafe.KeyID) (keys map[keysafe.Ke
 	return keys, nil, nil
 }
 
-// holds tells whether every wanted key is here for the VM, and which are not.
+// holds tells whether the key is here, for whatever VM.
+func (c *keyCache) holds(id keysafe.KeyID) bool {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	return c.held[id] != nil
+}
+
+// missing lists the wanted keys that are not here for the VM.
 func (c *keyCache) missing(vm string, want []keysafe.KeyID) (missing []keysafe.KeyID) {
 	c.mu.Lock()
 	defer c.mu.Unlock()

@@ -2,7 +2,9 @@ package host
 
 import (
 	"context"
+	"errors"
 	"fmt"
+	"os"
 	"path/filepath"
 	"strings"
 	"time"
@@ -15,18 +17,19 @@ import (
 func consoleSocket(runDir string) string { return filepath.Join(runDir, guestDir, "console.sock") }
 
 // powerOn opens the VM and starts its guest. With a failure nothing stays
-// behind: no process, no lock.
+// behind: no process, no lock, no guest.
 func (m *machine) powerOn(ctx context.Context, path string) (err error) {
-	m.mu.Lock()
-	on := m.power == hostapi.PowerState_POWERED_ON
-	m.mu.Unlock()
-	if on {
+	if m.isOn() {
 		return hostapi.Faultf(hostapi.Fault_WRONG_POWER_STATE, "VM %s is powered on already", m.uuid)
 	}
 	// libvirt has the last word: a guest that we do not know of must not get a
 	// second set of disks.
-	if st, err := m.agent.cfg.Guests.State(ctx, m.uuid); err == nil && st != domain.Off {
-		return hostapi.Faultf(hostapi.Fault_WRONG_POWER_STATE, "libvirt has a guest of VM %s already, in state %s", m.uuid, st)
+	st, err := m.agent.cfg.Guests.State(ctx, m.uuid)
+	if err != nil {
+		return fmt.Errorf("asking libvirt about the guest: %w", err)
+	}
+	if st != domain.Off {
+		return hostapi.Faultf(hostapi.Fault_WRONG_POWER_STATE, "libvirt has a guest of VM %s already, in state %q: power it off first", m.uuid, st)
 	}
 	keys, err := m.keysFor(path)
 	if err != nil {
@@ -39,28 +42,81 @@ func (m *machine) powerOn(ctx context.Context, path string) (err error) {
 	}
 	defer func() {
 		if err != nil {
-			ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), time.Minute)
-			defer cancel()
-			_ = p.end(ctx)
+			err = errors.Join(err, p.end(), removeRunDir(p.dir))
 		}
 	}()
-	st, err := p.Open(ctx, &hostapi.OpenRequest{Ref: m.ref, Keys: keys, Serve: true})
+	served, err := p.Open(ctx, &hostapi.OpenRequest{Ref: m.ref, Keys: keys, Serve: true})
 	if err != nil {
-		return err
+		return p.explain(err)
 	}
-	spec, err := m.spec(path, st)
+	spec, err := m.spec(path, served)
 	if err != nil {
 		return err
 	}
 	if err := m.agent.cfg.Guests.Start(ctx, spec); err != nil {
-		return fmt.Errorf("starting the guest: %w", err)
+		err = fmt.Errorf("starting the guest: %w", err)
+		if errors.Is(err, domain.ErrAlreadyRunning) {
+			return err // it is not ours to end
+		}
+		// The answer may be lost, and the guest running.
+		ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), 20*time.Second)
+		defer cancel()
+		if perr := m.agent.cfg.Guests.PowerOff(ctx, m.uuid); perr != nil {
+			err = fmt.Errorf("%w; if libvirt has started it all the same, power it off when libvirt answers again: %w", err, perr)
+		}
+		return err
 	}
-	m.attach(p)
-	m.setPower(hostapi.PowerState_POWERED_ON)
-	m.openConsole()
-	m.agent.announce(m)
-	m.agent.running.Go(m.supervise)
+	m.poweredOn(p, m.agent.cfg.Now())
 	return nil
+}
+
+// poweredOn begins to look after a guest; p may be nil when its vmx is to be
+// started again.
+func (m *machine) poweredOn(p *process, since time.Time) {
+	ctx, stop := context.WithCancel(m.agent.ctx)
+	b := &boot{since: since, stop: stop, supervised: make(chan struct{})}
+	m.mu.Lock()
+	m.boot, m.proc = b, p
+	m.console = domain.OpenConsole(consoleSocket(m.dir()), m.agent.log.With("vm", m.uuid))
+	if err := m.record(); err != nil {
+		m.agent.log.Error("the next agent will not know this VM", "vm", m.uuid, "error", err)
+	}
+	m.mu.Unlock()
+	m.agent.announce(m)
+	m.agent.spawn(func() {
+		defer close(b.supervised)
+		m.supervise(ctx)
+	})
+}
+
+// takeOver goes on with a guest that an earlier agent started.
+func (m *machine) takeOver(ctx context.Context) {
+	r, err := readRecord(m.dir(), m.uuid)
+	if err != nil {
+		m.agent.log.Error("a guest without a readable record of its VM: until center names its folder it is only watched", "vm", m.uuid, "error", err)
+		r = record{Ref: &hostapi.VMRef{Uuid: m.uuid}}
+		if err := os.MkdirAll(m.dir(), 0o711); err != nil {
+			m.agent.log.Error("making a run folder", "vm", m.uuid, "error", err)
+		}
+	}
+	m.mu.Lock()
+	m.ref, m.lostNVRAM = r.Ref, r.NVRAMLost
+	m.mu.Unlock()
+	since := time.Unix(r.Boot, 0)
+	if r.Boot == 0 {
+		since = m.agent.cfg.Now()
+	}
+	p, err := adopt(m.dir())
+	if err == nil {
+		if err = m.refill(ctx, p); err != nil {
+			// One that was being opened, or hangs, is of no use to the guest.
+			m.agent.log.Error("ending a vmx that does not serve its guest", "vm", m.uuid, "pid", p.pid, "error", errors.Join(err, p.end()))
+			p = nil
+		} else {
+			m.agent.log.Info("adopted a running VM", "vm", m.uuid, "pid", p.pid)
+		}
+	}
+	m.poweredOn(p, since)
 }
 
 // spec is the guest's hardware: the VMX, with the disks and files that its vmx
@@ -85,7 +141,7 @@ func (m *machine) spec(path string, st *hostapi.VMXStatus) (domain.Spec, error) 
 			}
 		}
 	}
-	spec.ConsoleSocket = consoleSocket(m.agent.vmDir(m.uuid))
+	spec.ConsoleSocket = consoleSocket(m.dir())
 	spec.NVRAM = st.NvramPath
 	return spec, nil
 }
@@ -95,63 +151,51 @@ func (m *machine) powerOff(ctx context.Context) error {
 	if err := m.agent.cfg.Guests.PowerOff(ctx, m.uuid); err != nil {
 		return err
 	}
-	return m.close(ctx)
+	m.close()
+	return nil
 }
 
-// close ends the vmx of a guest that has ended, however it did.
-func (m *machine) close(ctx context.Context) error {
+// close ends the vmx of a guest that has ended, however it did. The caller has
+// the operation.
+func (m *machine) close() {
 	m.mu.Lock()
-	p, console, was := m.proc, m.console, m.power
-	m.proc, m.console = nil, nil
+	b := m.boot
 	m.mu.Unlock()
-	m.setPower(hostapi.PowerState_POWERED_OFF)
-	m.wake() // supervise ends
+	if b == nil {
+		return
+	}
+	b.stop()
+	<-b.supervised // so that it starts no vmx any more
+	m.mu.Lock()
+	p, console := m.proc, m.console
+	m.boot, m.proc, m.console = nil, nil, nil
+	m.paused, m.waits, m.failed, m.missing, m.lostNVRAM = false, "", "", nil, false
+	m.mu.Unlock()
 	if console != nil {
 		console.Close()
 	}
 	var err error
 	if p != nil {
-		err = p.end(ctx)
+		err = p.end()
 	}
-	if was == hostapi.PowerState_POWERED_ON {
-		m.agent.announce(m)
+	if err = errors.Join(err, removeRunDir(m.dir())); err != nil {
+		m.agent.alarm(m.runtime(), fmt.Sprintf("VM %s was powered off and not closed well: %v", m.uuid, err))
 	}
-	return err
+	m.agent.announce(m)
 }
 
 // guestChanged hears what libvirt tells of the guest.
 func (m *machine) guestChanged(ev domain.Event) {
-	ctx := m.agent.ctx
 	switch ev.State {
 	case domain.Off:
-		// powerOff holds the operation and closes by itself; this is a guest that
-		// ended on its own.
-		m.agent.running.Go(func() {
-			select {
-			case m.op <- struct{}{}:
-			case <-ctx.Done():
-				return
-			}
-			defer func() { <-m.op; m.agent.forget(m) }()
-			m.mu.Lock()
-			on := m.power == hostapi.PowerState_POWERED_ON
-			m.mu.Unlock()
-			if !on {
-				return
-			}
-			if st, err := m.agent.cfg.Guests.State(ctx, m.uuid); err == nil && st != domain.Off {
-				return // it was started again since
-			}
-			m.agent.log.Info("guest ended", "vm", m.uuid, "reason", ev.Reason)
-			if err := m.close(context.WithoutCancel(ctx)); err != nil {
-				m.agent.log.Error("closing a VM whose guest ended", "vm", m.uuid, "error", err)
-			}
-		})
+		if _, err := m.agent.hold(m.uuid); err == nil {
+			m.agent.spawn(func() { defer m.agent.drop(m); m.guestEnded(m.agent.ctx, ev.Reason) })
+		}
 	case domain.PausedOnError:
 		m.mu.Lock()
 		m.paused = true
-		if m.problem == "" {
-			m.problem = "the guest waits: one of its disks answered with an error"
+		if m.waits == "" {
+			m.waits = "the guest waits: one of its disks answered with an error"
 		}
 		m.mu.Unlock()
 		m.agent.log.Warn("guest paused on a disk error", "vm", m.uuid)
@@ -160,9 +204,8 @@ func (m *machine) guestChanged(ev domain.Event) {
 	case domain.Running:
 		m.mu.Lock()
 		changed := m.paused
-		m.paused = false
 		if changed {
-			m.problem = ""
+			m.paused, m.waits = false, ""
 		}
 		m.mu.Unlock()
 		if changed {
@@ -171,119 +214,33 @@ func (m *machine) guestChanged(ev domain.Event) {
 	}
 }
 
-// supervise keeps a running guest's disks served (design §4 Failure): a vmx that
-// died is started again, with the keys that the cache has; a guest that libvirt
-// paused on a disk error is resumed, again and again, while its vmx is well.
-func (m *machine) supervise() {
-	ctx := m.agent.ctx
-	backoff := backoff{least: 100 * time.Millisecond, most: 10 * time.Second}
+// guestEnded closes a VM whose guest ended by itself; one that was powered off is
+// closed already. It waits for the operation that runs. The event may be old: only
+// libvirt's word that there is no guest now lets go of the disks.
+func (m *machine) guestEnded(ctx context.Context, reason string) {
 	for {
-		m.mu.Lock()
-		p, retry, on, paused := m.proc, m.retry, m.power == hostapi.PowerState_POWERED_ON, m.paused
-		m.mu.Unlock()
-		if !on {
-			return
-		}
-		var exited <-chan struct{}
-		var again <-chan time.Time
-		switch {
-		case p == nil || !p.alive():
-			if err := m.restart(ctx); err != nil {
-				m.trouble(fmt.Sprintf("its vmx is not running and cannot be started: %v", err))
-				again = time.After(backoff.next())
-				break
-			}
-			backoff.reset()
-			continue
-		case paused:
-			exited = p.exited
-			if st, err := p.Status(ctx, &hostapi.StatusRequest{}); err != nil || st.Problem != "" {
-				// A failed fsync is final: the guest must not go on (design §4).
-				if err == nil {
-					m.trouble(st.Problem)
-				}
-			} else if err := m.agent.cfg.Guests.Resume(ctx, m.uuid); err != nil {
-				m.agent.log.Warn("resuming a guest", "vm", m.uuid, "error", err)
-			} else {
-				m.agent.log.Info("asked a paused guest to go on", "vm", m.uuid)
-			}
-			again = time.After(backoff.next())
-		default:
-			exited = p.exited
-			backoff.reset()
-		}
 		select {
+		case m.op <- struct{}{}:
 		case <-ctx.Done():
 			return
-		case <-exited:
-			m.mu.Lock()
-			on = m.power == hostapi.PowerState_POWERED_ON && m.proc == p
-			m.mu.Unlock()
-			if on {
-				m.agent.log.Error("vmx died under a running guest; starting it again", "vm", m.uuid, "pid", p.pid)
-				unmountFiles(p.dir)
+		}
+		done := !m.isOn()
+		if !done {
+			st, err := m.agent.cfg.Guests.State(ctx, m.uuid)
+			if err == nil && st == domain.Off {
+				m.agent.log.Info("guest ended", "vm", m.uuid, "reason", reason)
+				m.close()
 			}
-		case <-again:
-		case <-retry:
+			done = err == nil
+		}
+		<-m.op
+		if done {
+			return
+		}
+		select {
+		case <-time.After(time.Second):
+		case <-ctx.Done():
+			return
 		}
 	}
-}
-
-// restart opens the VM again for a guest that runs already.
-func (m *machine) restart(ctx context.Context) error {
-	m.mu.Lock()
-	ref := m.ref
-	m.mu.Unlock()
-	path, err := m.agent.vmxPath(ref)
-	if err != nil {
-		return err
-	}
-	keys, err := m.keysFor(path)
-	if err != nil {
-		return err
-	}
-	defer clearKeys(keys)
-	p, err := m.start(ctx, path)
-	if err != nil {
-		return err
-	}
-	if _, err := p.Open(ctx, &hostapi.OpenRequest{Ref: ref, Keys: keys, Serve: true, Restarted: true}); err != nil {
-		_ = p.end(context.WithoutCancel(ctx))
-		return err
-	}
-	m.mu.Lock()
-	// The guest may have ended meanwhile.
-	gone := m.power != hostapi.PowerState_POWERED_ON
-	if !gone {
-		m.proc, m.problem, m.missing = p, "", nil
-	}
-	m.mu.Unlock()
-	if gone {
-		return p.end(context.WithoutCancel(ctx))
-	}
-	m.agent.log.Info("vmx is back", "vm", m.uuid, "pid", p.pid)
-	m.agent.announce(m)
-	return nil
-}
-
-// trouble notes why the guest waits, and tells the watchers once.
-func (m *machine) trouble(text string) {
-	m.mu.Lock()
-	changed := m.problem != text
-	m.problem = text
-	m.mu.Unlock()
-	if changed {
-		m.agent.log.Error("VM in trouble", "vm", m.uuid, "problem", text)
-		m.agent.announce(m)
-	}
-}
-
-// backoff doubles from least to most.
-type backoff struct{ least, most, now time.Duration }
-
-func (b *backoff) reset() { b.now = 0 }
-
-func (b *backoff) next() time.Duration {
-	b.now = min(max(2*b.now, b.least), b.most)
-	return b.now
 }

@@ -15,7 +15,9 @@ import (
 
 	"golang.org/x/sys/unix"
 	"google.golang.org/grpc"
+	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/credentials/insecure"
+	"google.golang.org/grpc/status"
 
 	"mortise/internal/hostapi"
 )
@@ -38,11 +40,8 @@ const controlSocket = "control.sock"
 const maxSocketPath = 107
 
 // startProcess runs a vmx for the VM whose VMX is at vmxPath. runDir is its
-// own folder under the agent's run folder.
+// own folder under the agent's run folder, and no vmx runs in it.
 func (a *Agent) startProcess(ctx context.Context, runDir, vmxPath string) (*process, error) {
-	if err := os.MkdirAll(runDir, 0o711); err != nil {
-		return nil, fmt.Errorf("making the run folder of a vmx: %w", err)
-	}
 	sock := filepath.Join(runDir, controlSocket)
 	if len(sock) > maxSocketPath {
 		return nil, fmt.Errorf("the socket path %s is longer than %d bytes: set a shorter run_dir", sock, maxSocketPath)
@@ -51,7 +50,7 @@ func (a *Agent) startProcess(ctx context.Context, runDir, vmxPath string) (*proc
 		return nil, err
 	}
 	// What vmx logs belongs to the VM's log (E2: nothing of the guest's, no key).
-	log, err := os.OpenFile(filepath.Join(filepath.Dir(vmxPath), "vmware.log"), os.O_CREATE|os.O_APPEND|os.O_WRONLY, 0o600)
+	log, err := openLog(filepath.Join(filepath.Dir(vmxPath), "vmware.log"))
 	if err != nil {
 		return nil, fmt.Errorf("opening the VM's log: %w", err)
 	}
@@ -72,6 +71,20 @@ func (a *Agent) startProcess(ctx context.Context, runDir, vmxPath string) (*proc
 		return nil, fmt.Errorf("%w; see %s", err, filepath.Join(filepath.Dir(vmxPath), "vmware.log"))
 	}
 	return p, nil
+}
+
+// openLog opens a log to append to. Whoever can write the datastore must not lead
+// us elsewhere by a link, nor hang us with a FIFO.
+func openLog(name string) (*os.File, error) {
+	f, err := os.OpenFile(name, os.O_CREATE|os.O_APPEND|os.O_WRONLY|unix.O_NOFOLLOW|unix.O_NONBLOCK|unix.O_NOCTTY, 0o600)
+	if err != nil {
+		return nil, err
+	}
+	if st, err := f.Stat(); err != nil || !st.Mode().IsRegular() {
+		f.Close()
+		return nil, fmt.Errorf("%s is no regular file (%v): remove it", name, err)
+	}
+	return f, nil
 }
 
 // adoptWithin waits for a starting vmx to answer.
@@ -163,36 +176,39 @@ func (p *process) alive() bool {
 	}
 }
 
-// end closes the VM and waits until the process is gone. One that does not end
-// within 30 s is killed: its disks are consistent at any instant.
-func (p *process) end(ctx context.Context) error {
+// closeTime bounds how long a vmx may take to make its disks durable.
+const closeTime = time.Minute
+
+// end closes the VM and waits until the process is gone. One that does not end is
+// killed: its disks are consistent at any instant. The error is what the vmx says
+// of its disks, or that it cannot be killed.
+func (p *process) end() error {
+	ctx, cancel := context.WithTimeout(context.Background(), closeTime)
+	defer cancel()
 	_, err := p.Close(ctx, &hostapi.CloseRequest{})
-	limit := 30 * time.Second
-	if err != nil {
-		limit = 2 * time.Second
+	patience := 20 * time.Second
+	if gone(err) {
+		patience, err = 2*time.Second, nil
 	}
 	select {
 	case <-p.exited:
-		err = nil
-	case <-time.After(limit):
+	case <-time.After(patience):
 		_ = unix.Kill(p.pid, unix.SIGKILL)
-		<-p.exited
+		select {
+		case <-p.exited:
+		case <-time.After(10 * time.Second):
+			err = errors.Join(err, fmt.Errorf("vmx process %d cannot be killed: its storage does not answer, and it keeps the locks of its disks", p.pid))
+		}
 	}
 	p.conn.Close()
-	unmountFiles(p.dir)
-	return err
+	return errors.Join(err, unmountFiles(p.dir))
 }
 
-// guestDir is the part of a vmx's run folder that QEMU uses, and filesDir in it
-// where the vmx mounts the clear view of its VM's files.
-const (
-	guestDir = "guest"
-	filesDir = "files"
-)
-
-// unmountFiles lets go of the FUSE mount that a vmx left behind: inside its
-// sandbox it may not unmount, and one that was killed could not.
-func unmountFiles(runDir string) {
-	for unix.Unmount(filepath.Join(runDir, guestDir, filesDir), unix.MNT_DETACH) == nil {
+// gone says whether a call failed because the process does not answer.
+func gone(err error) bool {
+	switch status.Code(err) {
+	case codes.Unavailable, codes.Canceled, codes.DeadlineExceeded:
+		return true
 	}
+	return false
 }

@@ -6,6 +6,7 @@ import (
 	"io"
 	"os"
 	"path/filepath"
+	"slices"
 
 	"google.golang.org/grpc"
 
@@ -89,11 +90,9 @@ func (s *Server) PushKeys(_ context.Context, r *hostapi.PushKeysRequest) (*hosta
 		s.agent.keys.put(fromWire(k.Id), key, k.VmUuids...)
 		s.agent.log.Info("key received", "provider", k.Id.Provider, "key", k.Id.Key, "vms", k.VmUuids)
 		for _, vm := range k.VmUuids {
-			s.agent.mu.Lock()
-			m := s.agent.machines[vm]
-			s.agent.mu.Unlock()
-			if m != nil {
+			if m := s.agent.held(vm); m != nil {
 				m.wake() // it may have waited for this key
+				s.agent.drop(m)
 			}
 		}
 	}
@@ -113,7 +112,9 @@ func (s *Server) RemoveKeys(_ context.Context, r *hostapi.RemoveKeysRequest) (*h
 			s.agent.log.Info("key evicted", "provider", id.Provider, "key", id.Key, "vms", users)
 			continue
 		}
-		if wiped := s.agent.keys.dropVM(r.VmUuid, id); len(wiped) == 0 {
+		if wiped := s.agent.keys.dropVM(r.VmUuid, id); len(wiped) > 0 {
+			s.agent.log.Info("key wiped", "provider", id.Provider, "key", id.Key)
+		} else if s.agent.keys.holds(id) {
 			reply.StillUsed = append(reply.StillUsed, k)
 		}
 	}
@@ -129,8 +130,8 @@ func (s *Server) ListKeys(context.Context, *hostapi.ListKeysRequest) (*hostapi.L
 	return reply, nil
 }
 
-// operate is how every command that changes a VM begins: the term is current,
-// the VM is known, nothing else works on it.
+// operate is how every command that changes a VM's files begins: the term is
+// current, the folder is within reach, nothing else works on the VM.
 func (s *Server) operate(h *hostapi.Header, ref *hostapi.VMRef) (m *machine, path string, end func(), err error) {
 	if err := s.agent.obey(h); err != nil {
 		return nil, "", nil, err
@@ -138,10 +139,7 @@ func (s *Server) operate(h *hostapi.Header, ref *hostapi.VMRef) (m *machine, pat
 	if path, err = s.agent.vmxPath(ref); err != nil {
 		return nil, "", nil, err
 	}
-	if m, err = s.agent.machineOf(ref); err != nil {
-		return nil, "", nil, err
-	}
-	if end, err = m.begin(ref); err != nil {
+	if m, end, err = s.agent.begin(ref); err != nil {
 		return nil, "", nil, err
 	}
 	return m, path, end, nil
@@ -155,6 +153,9 @@ func (s *Server) CreateVM(ctx context.Context, r *hostapi.CreateVMRequest) (*hos
 		return nil, err
 	}
 	defer end()
+	if err := m.mustBeOff("create"); err != nil {
+		return nil, err
+	}
 	if err := makeFolder(filepath.Dir(path)); err != nil {
 		return nil, err
 	}
@@ -173,7 +174,7 @@ func (s *Server) CreateVM(ctx context.Context, r *hostapi.CreateVMRequest) (*hos
 	}
 	defer clearKeys(keys)
 	var info *hostapi.VMInfo
-	err = m.withProcess(ctx, path, func(p *process) (err error) {
+	err = m.withProcess(ctx, path, func(ctx context.Context, p *process) (err error) {
 		info, err = p.Create(ctx, &hostapi.VMXCreateRequest{Vm: r, Keys: keys})
 		return err
 	})
@@ -181,19 +182,6 @@ func (s *Server) CreateVM(ctx context.Context, r *hostapi.CreateVMRequest) (*hos
 		return nil, err
 	}
 	return s.finish(m, ref, path, info)
-}
-
-// newKeys takes exactly the wanted keys from the cache.
-func (m *machine) newKeys(want []keysafe.KeyID) ([]*hostapi.KEK, error) {
-	keys, missing, err := m.agent.keys.copyFor(m.uuid, want)
-	if err != nil {
-		return nil, err
-	}
-	if len(missing) > 0 {
-		return nil, m.missingKeys(missing)
-	}
-	defer wipeAll(keys)
-	return keysToWire(keys), nil
 }
 
 // makeFolder makes a VM's folder; its parent must exist.
@@ -219,9 +207,10 @@ func (s *Server) InspectVM(_ context.Context, r *hostapi.InspectVMRequest) (*hos
 	if err != nil {
 		return nil, err
 	}
-	s.agent.mu.Lock()
-	m := s.agent.machines[info.Ref.GetUuid()]
-	s.agent.mu.Unlock()
+	m := s.agent.held(info.Ref.GetUuid())
+	if m != nil {
+		defer s.agent.drop(m)
+	}
 	return s.complete(m, r.Ref, path, info)
 }
 
@@ -241,7 +230,7 @@ func (s *Server) InspectDisk(_ context.Context, r *hostapi.InspectDiskRequest) (
 
 // finish drops the keys that the VM's files name no more and completes info.
 func (s *Server) finish(m *machine, ref *hostapi.VMRef, path string, info *hostapi.VMInfo) (*hostapi.VMInfo, error) {
-	m.dropUnused(path)
+	m.dropUnused(path, info)
 	return s.complete(m, ref, path, info)
 }
 
@@ -267,7 +256,11 @@ func (s *Server) complete(m *machine, ref *hostapi.VMRef, path string, info *hos
 			continue
 		}
 		info.Runtime.HasKeys = false
-		info.Runtime.Missing = append(info.Runtime.Missing, toWireAll(missing)...)
+		for _, id := range missing {
+			if !slices.ContainsFunc(info.Runtime.Missing, func(k *hostapi.KeyID) bool { return fromWire(k) == id }) {
+				info.Runtime.Missing = append(info.Runtime.Missing, toWire(id))
+			}
+		}
 		if i == 0 && info.Encrypted {
 			// Locked is about the VM's configuration key (K6); a missing key of one
 			// disk only fails the power-on.
@@ -294,6 +287,11 @@ func (s *Server) reconfigure(r *hostapi.ReconfigureVMRequest, stream hostapi.Hos
 		return nil, err
 	}
 	defer end()
+	for _, d := range r.AttachDisks {
+		if d.Datastore != "" && d.Datastore != r.Ref.Datastore || filepath.Dir(d.Path) != filepath.Dir(r.Ref.Path) {
+			return nil, hostapi.Faultf(hostapi.Fault_NOT_SUPPORTED, "disk [%s] %s is not in the folder of [%s] %s: move it there first, or import it with 'mortise vm import'", d.Datastore, d.Path, r.Ref.Datastore, r.Ref.Path)
+		}
+	}
 	var more []keysafe.KeyID
 	add := func(id *hostapi.KeyID) {
 		if id != nil {
@@ -312,8 +310,8 @@ func (s *Server) reconfigure(r *hostapi.ReconfigureVMRequest, stream hostapi.Hos
 		return nil, err
 	}
 	defer clearKeys(keys)
-	err = m.withProcess(stream.Context(), path, func(p *process) error {
-		updates, err := p.Reconfigure(stream.Context(), &hostapi.VMXReconfigureRequest{Change: r, Keys: keys})
+	err = m.withProcess(stream.Context(), path, func(ctx context.Context, p *process) error {
+		updates, err := p.Reconfigure(ctx, &hostapi.VMXReconfigureRequest{Change: r, Keys: keys})
 		if err != nil {
 			return err
 		}
@@ -344,38 +342,77 @@ func (s *Server) reconfigure(r *hostapi.ReconfigureVMRequest, stream hostapi.Hos
 
 // PowerOn implements hostapi.HostServer.
 func (s *Server) PowerOn(ctx context.Context, r *hostapi.PowerRequest) (*hostapi.VMInfo, error) {
-	return s.power(r, func(m *machine, path string) error { return m.powerOn(ctx, path) })
-}
-
-// PowerOff implements hostapi.HostServer.
-func (s *Server) PowerOff(ctx context.Context, r *hostapi.PowerRequest) (*hostapi.VMInfo, error) {
-	return s.power(r, func(m *machine, _ string) error { return m.powerOff(ctx) })
-}
-
-// Shutdown implements hostapi.HostServer.
-func (s *Server) Shutdown(ctx context.Context, r *hostapi.PowerRequest) (*hostapi.VMInfo, error) {
-	return s.power(r, func(m *machine, _ string) error { return s.agent.cfg.Guests.Shutdown(ctx, m.uuid) })
-}
-
-// Reset implements hostapi.HostServer.
-func (s *Server) Reset(ctx context.Context, r *hostapi.PowerRequest) (*hostapi.VMInfo, error) {
-	return s.power(r, func(m *machine, _ string) error { return s.agent.cfg.Guests.Reset(ctx, m.uuid) })
-}
-
-func (s *Server) power(r *hostapi.PowerRequest, f func(*machine, string) error) (*hostapi.VMInfo, error) {
 	m, path, end, err := s.operate(r.Header, r.Ref)
 	if err != nil {
 		return nil, err
 	}
 	defer end()
-	if err := f(m, path); err != nil {
+	if err := m.powerOn(ctx, path); err != nil {
 		return nil, err
 	}
-	info, err := vmx.Inspect(path)
+	return s.inspect(m, r.Ref), nil
+}
+
+// PowerOff implements hostapi.HostServer.
+func (s *Server) PowerOff(ctx context.Context, r *hostapi.PowerRequest) (*hostapi.VMInfo, error) {
+	return s.power(r, func(m *machine) error { return m.powerOff(ctx) })
+}
+
+// Shutdown implements hostapi.HostServer.
+func (s *Server) Shutdown(ctx context.Context, r *hostapi.PowerRequest) (*hostapi.VMInfo, error) {
+	return s.power(r, func(m *machine) error {
+		if err := m.mustBeOn("shut down"); err != nil {
+			return err
+		}
+		return s.agent.cfg.Guests.Shutdown(ctx, m.uuid)
+	})
+}
+
+// Reset implements hostapi.HostServer.
+func (s *Server) Reset(ctx context.Context, r *hostapi.PowerRequest) (*hostapi.VMInfo, error) {
+	return s.power(r, func(m *machine) error {
+		if err := m.mustBeOn("reset"); err != nil {
+			return err
+		}
+		return s.agent.cfg.Guests.Reset(ctx, m.uuid)
+	})
+}
+
+// power acts on a guest. Its folder need not be within reach: the plug can be
+// pulled while the storage is away.
+func (s *Server) power(r *hostapi.PowerRequest, f func(*machine) error) (*hostapi.VMInfo, error) {
+	if err := s.agent.obey(r.Header); err != nil {
+		return nil, err
+	}
+	m, end, err := s.agent.begin(r.Ref)
 	if err != nil {
 		return nil, err
 	}
-	return s.complete(m, r.Ref, path, info)
+	defer end()
+	if err := f(m); err != nil {
+		return nil, err
+	}
+	return s.inspect(m, r.Ref), nil
+}
+
+// inspect describes a VM after something was done to its guest. What is wrong
+// with its folder does not undo that.
+func (s *Server) inspect(m *machine, ref *hostapi.VMRef) *hostapi.VMInfo {
+	info, err := func() (*hostapi.VMInfo, error) {
+		path, err := s.agent.vmxPath(ref)
+		if err != nil {
+			return nil, err
+		}
+		info, err := vmx.Inspect(path)
+		if err != nil {
+			return nil, err
+		}
+		return s.complete(m, ref, path, info)
+	}()
+	if err != nil {
+		return &hostapi.VMInfo{Ref: ref, Runtime: m.runtime(), Problems: []string{err.Error()}}
+	}
+	return info
 }
 
 // Release implements hostapi.HostServer.
@@ -383,11 +420,7 @@ func (s *Server) Release(_ context.Context, r *hostapi.PowerRequest) (*hostapi.R
 	if err := s.agent.obey(r.Header); err != nil {
 		return nil, err
 	}
-	m, err := s.agent.machineOf(r.Ref)
-	if err != nil {
-		return nil, err
-	}
-	end, err := m.begin(r.Ref)
+	m, end, err := s.agent.begin(r.Ref)
 	if err != nil {
 		return nil, err
 	}
@@ -408,20 +441,11 @@ func (s *Server) DeleteVM(_ context.Context, r *hostapi.PowerRequest) (*hostapi.
 	if err := m.mustBeOff("delete"); err != nil {
 		return nil, err
 	}
-	left, err := vmx.Delete(path)
+	left, err := vmx.Delete(path, m.uuid)
 	if err != nil {
 		return nil, err
 	}
 	return &hostapi.DeleteVMReply{Wiped: toWireAll(s.agent.keys.dropVM(m.uuid)), LeftBehind: left}, nil
-}
-
-func (m *machine) mustBeOff(verb string) error {
-	m.mu.Lock()
-	defer m.mu.Unlock()
-	if m.power == hostapi.PowerState_POWERED_ON {
-		return hostapi.Faultf(hostapi.Fault_WRONG_POWER_STATE, "cannot %s VM %s while it is powered on: power it off first", verb, m.uuid)
-	}
-	return nil
 }
 
 // ImportDisk implements hostapi.HostServer.
@@ -451,11 +475,11 @@ func (s *Server) importDisk(first *hostapi.ImportChunk, stream hostapi.Host_Impo
 		return nil, err
 	}
 	defer clearKeys(keys)
-	err = m.withProcess(stream.Context(), path, func(p *process) error {
-		if _, err := p.Open(stream.Context(), &hostapi.OpenRequest{Ref: first.Ref, Keys: keys}); err != nil {
+	err = m.withProcess(stream.Context(), path, func(ctx context.Context, p *process) error {
+		if _, err := p.Open(ctx, &hostapi.OpenRequest{Ref: first.Ref, Keys: keys}); err != nil {
 			return err
 		}
-		out, err := p.ImportDisk(stream.Context())
+		out, err := p.ImportDisk(ctx)
 		if err != nil {
 			return err
 		}
@@ -479,12 +503,11 @@ func (s *Server) Console(stream hostapi.Host_ConsoleServer) error {
 	if err != nil {
 		return err
 	}
-	s.agent.mu.Lock()
-	m := s.agent.machines[first.Ref.GetUuid()]
-	s.agent.mu.Unlock()
+	m := s.agent.held(first.Ref.GetUuid())
 	if m == nil {
 		return hostapi.Faultf(hostapi.Fault_WRONG_POWER_STATE, "VM %s is not powered on here: it has no console", first.Ref.GetUuid())
 	}
+	defer s.agent.drop(m)
 	m.mu.Lock()
 	console := m.console
 	m.mu.Unlock()

@@ -29,7 +29,7 @@ func (v *vm) create(ctx context.Context, r *hostapi.CreateVMRequest) (err error)
 		if err != nil {
 			return err
 		}
-		if id, err := vmUUID(f); err != nil || id != v.id {
+		if id, err := vmUUID(f); err != nil || id != v.id || keysafe.IsEncrypted(f) != (r.HomeKey != nil) {
 			return hostapi.Faultf(hostapi.Fault_EXISTS, "%s exists and is another VM's: choose another name", v.path)
 		}
 		return nil // an earlier call got here; its answer was lost
@@ -79,13 +79,18 @@ func (v *vm) create(ctx context.Context, r *hostapi.CreateVMRequest) (err error)
 		if err := v.addDisk(ctx, f, b, d, i); err != nil {
 			return err
 		}
+		v.at("create.disk")
 	}
 	if b != nil {
 		if err := b.Seal(v.random, f); err != nil {
 			return err
 		}
 	}
-	return faultOf(f.Save(v.path))
+	if err := f.Save(v.path); err != nil {
+		return faultOf(err)
+	}
+	v.at("create.done")
+	return nil
 }
 
 // addDisk makes a disk and enters it into VMX and bundle, which the caller saves.

@@ -5,6 +5,7 @@ import (
 	"errors"
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
 
 	"github.com/google/uuid"
@@ -12,6 +13,7 @@ import (
 	"mortise/internal/hostapi"
 	"mortise/internal/keysafe"
 	"mortise/internal/vdisk"
+	"mortise/internal/vmfiles"
 	"mortise/internal/vmxfile"
 )
 
@@ -124,13 +126,25 @@ func RequiredKeys(path string) (safes [][]keysafe.KeyID, err error) {
 	return safes, nil
 }
 
-// Delete removes a powered-off VM's files: its VMX last, so that what an
-// interrupted call leaves can be deleted again. Files that are not the VM's stay
-// and are named. A disk that another process has open is refused.
-func Delete(path string) (left []string, err error) {
+// Unreadable says whether something in the folder could not be read, so that
+// what the VM needs is not known whole.
+func Unreadable(info *hostapi.VMInfo) bool {
+	return len(info.Problems) > 0 || slices.ContainsFunc(info.Disks, func(d *hostapi.DiskInfo) bool { return d.Problem != "" })
+}
+
+// Delete removes the files of a VM that is powered off: its VMX last, so that
+// what an interrupted call leaves can be deleted again. Files that are not the
+// VM's stay and are named. A disk that another process has open is refused, and a
+// folder that holds another VM than the one meant.
+func Delete(path, vm string) (left []string, err error) {
 	f, err := loadVMX(path)
 	if err != nil {
 		return nil, err
+	}
+	if id, err := vmUUID(f); err != nil {
+		return nil, err
+	} else if id.String() != vm {
+		return nil, hostapi.Faultf(hostapi.Fault_TAMPERED, "%s is of VM %s, not of %s, which was to be deleted: nothing was removed", path, id, vm)
 	}
 	dir := filepath.Dir(path)
 	slots, err := diskSlots(f)
@@ -146,10 +160,16 @@ func Delete(path string) (left []string, err error) {
 			return nil, faultOf(err)
 		}
 	}
-	base := strings.TrimSuffix(filepath.Base(path), ".vmx")
+	names, err := fileNames(f, path)
+	if err != nil {
+		return nil, err
+	}
+	base := baseName(path)
 	mine := []string{base + ".vmsd", "vmware.log", filepath.Base(path) + vmxfile.LockSuffix}
-	for _, n := range fileNames(f, base) {
-		mine = append(mine, n, n+newEncrypted, n+newPlain)
+	for _, n := range names {
+		if n == nvramName(f, path) || strings.HasPrefix(n, base) {
+			mine = append(mine, n, n+newEncrypted, n+newPlain)
+		}
 	}
 	for _, n := range append(mine, filepath.Base(path)) {
 		if err := os.Remove(filepath.Join(dir, n)); err != nil && !errors.Is(err, os.ErrNotExist) {
@@ -188,9 +208,29 @@ func diskPath(vmxPath, file string) (string, error) {
 
 func baseName(path string) string { return strings.TrimSuffix(filepath.Base(path), ".vmx") }
 
-// fileNames lists the VM's files, besides disks, that hold guest data (E1).
-func fileNames(f *vmxfile.File, base string) []string {
-	return []string{filepath.Base(f.String("nvram", base+".nvram"))}
+// nvramName is the file of the firmware's variables, in the VM's folder.
+func nvramName(f *vmxfile.File, path string) string {
+	if name := f.String("nvram", ""); name == filepath.Base(name) && vmfiles.Encrypted(name) {
+		return name
+	}
+	return baseName(path) + ".nvram"
+}
+
+// fileNames lists the VM's files, besides disks, that hold guest data (E1):
+// those that are in its folder, in whatever form.
+func fileNames(f *vmxfile.File, path string) ([]string, error) {
+	entries, err := os.ReadDir(filepath.Dir(path))
+	if err != nil {
+		return nil, err
+	}
+	names := []string{nvramName(f, path)}
+	for _, e := range entries {
+		n := strings.TrimSuffix(strings.TrimSuffix(e.Name(), newEncrypted), newPlain)
+		if vmfiles.Encrypted(n) && !strings.HasPrefix(n, ".") && !slices.Contains(names, n) {
+			names = append(names, n)
+		}
+	}
+	return names, nil
 }
 
 func folderSize(dir string) (n int64) {

@@ -1,6 +1,7 @@
 package vmx
 
 import (
+	"context"
 	"errors"
 	"fmt"
 	"os"
@@ -18,46 +19,82 @@ import (
 // each file is written beside the old one, durably; one save of the VMX decides,
 // for its bundle names the files' keys; the new forms take the old ones' places.
 // A crash before the save leaves new forms that nothing needs, one after it new
-// forms that settle puts in place. The suffix says which form a file has.
+// forms that settle puts in place. The suffix says which form a file has. All of
+// it happens under the lock of the VMX, so that nobody settles what another is
+// writing, and none of it while a guest, on whatever host, has the VM's disks.
 const (
 	newEncrypted = ".new-encrypted"
 	newPlain     = ".new-plain"
 )
 
 // settle finishes, or undoes, a change of the VM's files that was interrupted.
-// b is the bundle as it is on disk, nil when the VM is not encrypted.
-func (v *vm) settle(f *vmxfile.File, b *keysafe.Bundle) error {
-	for _, name := range fileNames(f, baseName(v.path)) {
-		path := filepath.Join(filepath.Dir(v.path), name)
-		var key *secret.Key
-		if b != nil {
-			key = b.Files[name]
+func (v *vm) settle() error {
+	return faultOf(vmxfile.Update(v.path, func(f *vmxfile.File) error {
+		b, err := v.open(f)
+		if err != nil {
+			return err
 		}
-		for _, suffix := range []string{newEncrypted, newPlain} {
-			if !exists(path + suffix) {
-				continue
-			}
-			decided := suffix == newPlain && key == nil
-			if suffix == newEncrypted && key != nil {
-				decided = vmfiles.Verify(path+suffix, key) == nil
-			}
-			var err error
-			if decided {
-				err = os.Rename(path+suffix, path)
-			} else {
-				err = os.Remove(path + suffix)
-			}
-			if err != nil {
-				return fmt.Errorf("settling %s: %w", path, err)
+		defer b.Wipe()
+		names, err := fileNames(f, v.path)
+		if err != nil {
+			return err
+		}
+		for _, name := range names {
+			if err := v.settleFile(filepath.Join(filepath.Dir(v.path), name), b); err != nil {
+				return err
 			}
 		}
+		v.at("home.settled")
+		return atomicfile.SyncDir(filepath.Dir(v.path))
+	}))
+}
+
+// settleFile keeps of a file the form that the VMX on disk decided for; b is its
+// bundle, nil when the VM is in clear. A form goes only when the other is proven.
+func (v *vm) settleFile(path string, b *keysafe.Bundle) error {
+	keep := func(suffix string, decided bool) error {
+		if !exists(path + suffix) {
+			return nil
+		}
+		v.at("home.settle" + suffix)
+		if decided {
+			return os.Rename(path+suffix, path)
+		}
+		return os.Remove(path + suffix)
 	}
-	return atomicfile.SyncDir(filepath.Dir(v.path))
+	if err := keep(newPlain, b == nil); err != nil {
+		return err
+	}
+	if b == nil || !exists(path+newEncrypted) {
+		return keep(newEncrypted, false)
+	}
+	key := b.Files[filepath.Base(path)]
+	if key == nil {
+		return hostapi.Faultf(hostapi.Fault_TAMPERED, "%s is not one of the VM's encrypted files: it was put there; remove it, or restore it from a backup", path+newEncrypted)
+	}
+	failed := vmfiles.Verify(path+newEncrypted, key)
+	if failed == nil {
+		return keep(newEncrypted, true)
+	}
+	if err := vmfiles.Verify(path, key); err != nil {
+		return fmt.Errorf("neither %s nor the file that was to replace it opens, and both were kept: restore one from a backup: %w", path, errors.Join(err, failed))
+	}
+	return keep(newEncrypted, false)
+}
+
+// replacing locks the VM's extents while its files are replaced: a guest of any
+// host that has them open has the disks open too.
+func (v *vm) replacing(ctx context.Context, change func() error) error {
+	o, err := v.openAll(ctx)
+	if err != nil {
+		return err
+	}
+	return errors.Join(change(), o.closeDisks())
 }
 
 // changeHome encrypts the VM's files or gives them another KEK (shallow) or
 // other keys altogether (deep).
-func (v *vm) changeHome(kind hostapi.CryptoChange_Kind, to keysafe.KeyID) error {
+func (v *vm) changeHome(ctx context.Context, kind hostapi.CryptoChange_Kind, to keysafe.KeyID) error {
 	f, err := loadVMX(v.path)
 	if err != nil {
 		return err
@@ -67,23 +104,20 @@ func (v *vm) changeHome(kind hostapi.CryptoChange_Kind, to keysafe.KeyID) error 
 		return err
 	}
 	defer b.Wipe()
-	if err := v.settle(f, b); err != nil {
-		return err
-	}
 	if b != nil {
 		if ids := b.Safe().KeyIDs(); len(ids) == 1 && ids[0] == to {
-			return nil // an earlier call got here
+			return v.settle() // an earlier call got here
 		}
 	}
 	switch {
 	case kind == hostapi.CryptoChange_ENCRYPT && b == nil:
-		return v.encryptHome(to)
+		return v.replacing(ctx, func() error { return v.encryptHome(to) })
 	case kind == hostapi.CryptoChange_ENCRYPT:
 		return hostapi.Faultf(hostapi.Fault_INVALID, "%s is encrypted already, with key %s: use a shallow or deep recrypt to change the key", v.path, b.Safe().KeyIDs()[0])
 	case kind == hostapi.CryptoChange_SHALLOW_RECRYPT:
 		return v.rewrapHome(to)
 	case kind == hostapi.CryptoChange_DEEP_RECRYPT:
-		return v.rekeyHome(to)
+		return v.replacing(ctx, func() error { return v.rekeyHome(to) })
 	}
 	return hostapi.Faultf(hostapi.Fault_NOT_SUPPORTED, "change %v of VM files is of a newer version: upgrade this host", kind)
 }
@@ -132,26 +166,28 @@ func (v *vm) rekeyHome(to keysafe.KeyID) error {
 }
 
 // decryptHome takes the bundle away; checkChange has seen that no disk needs it.
-func (v *vm) decryptHome() error {
+func (v *vm) decryptHome(ctx context.Context) error {
 	f, err := loadVMX(v.path)
 	if err != nil {
 		return err
 	}
 	if !keysafe.IsEncrypted(f) {
-		return v.settle(f, nil)
+		return v.settle()
 	}
-	return v.replaceFiles(func(f *vmxfile.File, old *keysafe.Bundle) (*keysafe.Bundle, error) {
-		disks, err := v.members(f, old)
-		if err != nil {
-			return nil, err
+	return v.replacing(ctx, func() error { return v.replaceFiles(v.noBundle) })
+}
+
+func (v *vm) noBundle(f *vmxfile.File, old *keysafe.Bundle) (*keysafe.Bundle, error) {
+	disks, err := v.members(f, old)
+	if err != nil {
+		return nil, err
+	}
+	for _, d := range disks {
+		if d.info.Encrypted {
+			return nil, hostapi.Faultf(hostapi.Fault_INVALID, "%s is still encrypted: decrypt it first (E6)", d.path)
 		}
-		for _, d := range disks {
-			if d.info.Encrypted {
-				return nil, hostapi.Faultf(hostapi.Fault_INVALID, "%s is still encrypted: decrypt it first (E6)", d.path)
-			}
-		}
-		return nil, nil
-	})
+	}
+	return nil, nil
 }
 
 func (v *vm) newBundle(to keysafe.KeyID) (*keysafe.Bundle, error) {
@@ -177,14 +213,16 @@ func (v *vm) replaceFiles(next func(f *vmxfile.File, old *keysafe.Bundle) (*keys
 			return err
 		}
 		defer b.Wipe()
-		for _, name := range fileNames(f, baseName(v.path)) {
+		names, err := fileNames(f, v.path)
+		if err != nil {
+			return err
+		}
+		for _, name := range names {
 			if err := v.writeForm(name, old, b); err != nil {
 				return err
 			}
 		}
-		if err := atomicfile.SyncDir(filepath.Dir(v.path)); err != nil {
-			return err
-		}
+		v.at("home.written")
 		if b == nil {
 			keysafe.RemoveBundle(f)
 			return nil
@@ -194,16 +232,8 @@ func (v *vm) replaceFiles(next func(f *vmxfile.File, old *keysafe.Bundle) (*keys
 	if err != nil {
 		return faultOf(err)
 	}
-	f, err := loadVMX(v.path)
-	if err != nil {
-		return err
-	}
-	b, err := keysafe.OpenBundle(f, v.id, v, keysafe.Expectation{})
-	if err != nil && !errors.Is(err, keysafe.ErrNotEncrypted) {
-		return faultOf(err)
-	}
-	defer b.Wipe()
-	return v.settle(f, b)
+	v.at("home.decided")
+	return v.settle()
 }
 
 // writeForm writes a file's new form beside it.
@@ -229,6 +259,7 @@ func (v *vm) writeForm(name string, old, next *keysafe.Bundle) error {
 	if err := vmfiles.Convert(path+suffix, to, path, from); err != nil {
 		return fmt.Errorf("writing %s: %w", path+suffix, err)
 	}
+	v.at("home.form")
 	return nil
 }
 
@@ -240,6 +271,7 @@ func (v *vm) rewrapHome(to keysafe.KeyID) error {
 	if err := v.edit(rewrap); err != nil {
 		return err
 	}
+	v.at("home.both")
 	return v.edit(func(f *vmxfile.File, b *keysafe.Bundle) error {
 		if err := b.Safe().Prove(b.Binding(), v); err != nil {
 			return err

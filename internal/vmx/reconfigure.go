@@ -3,6 +3,7 @@ package vmx
 import (
 	"context"
 	"fmt"
+	"os"
 	"path/filepath"
 
 	"github.com/google/uuid"
@@ -10,6 +11,7 @@ import (
 	"mortise/internal/hostapi"
 	"mortise/internal/keysafe"
 	"mortise/internal/vdisk"
+	"mortise/internal/vmdk"
 	"mortise/internal/vmxfile"
 )
 
@@ -19,7 +21,7 @@ type report func(stage string, done, total int64)
 // reconfigure makes the changes of r, in an order in which each step leaves a VM
 // that opens: hardware, VM files encrypted, disks, VM files decrypted. A call
 // that was interrupted is repeated as it was; steps that are done are passed
-// over. serving says that a guest uses the disks, through live.
+// over. A guest, if there is one, uses the disks through live.
 func (v *vm) reconfigure(ctx context.Context, r *hostapi.ReconfigureVMRequest, live map[uuid.UUID]*vdisk.Disk, tell report) error {
 	if err := v.checkChange(r, live); err != nil {
 		return err
@@ -42,7 +44,7 @@ func (v *vm) reconfigure(ctx context.Context, r *hostapi.ReconfigureVMRequest, l
 	}
 	if k := r.Home.GetKind(); k != hostapi.CryptoChange_NONE && k != hostapi.CryptoChange_DECRYPT {
 		tell("VM files: "+verbs[k], 0, 0)
-		if err := v.changeHome(k, fromWire(r.Home.Key)); err != nil {
+		if err := v.changeHome(ctx, k, fromWire(r.Home.Key)); err != nil {
 			return err
 		}
 	}
@@ -69,13 +71,13 @@ func (v *vm) reconfigure(ctx context.Context, r *hostapi.ReconfigureVMRequest, l
 		}
 	}
 	for _, id := range r.RemoveDiskUuids {
-		if err := v.dropDisk(id, r.DeleteRemoved); err != nil {
+		if err := v.dropDisk(ctx, id, r.DeleteRemoved); err != nil {
 			return err
 		}
 	}
 	if r.Home.GetKind() == hostapi.CryptoChange_DECRYPT {
 		tell("VM files: decrypting", 0, 0)
-		return v.decryptHome()
+		return v.decryptHome(ctx)
 	}
 	return nil
 }
@@ -183,16 +185,10 @@ func (v *vm) changeDisk(ctx context.Context, id uuid.UUID, c *hostapi.CryptoChan
 			return err
 		}
 	}
+	v.at("disk.begin")
 	m, err := v.member(id)
 	if err != nil {
 		return err
-	}
-	if c.Kind == hostapi.CryptoChange_ENCRYPT || c.Kind == hostapi.CryptoChange_DEEP_RECRYPT {
-		if done, err := v.arrived(m, c.Kind, key); err != nil {
-			return err
-		} else if done {
-			return v.record(id, true)
-		}
 	}
 	d := open
 	if d == nil {
@@ -200,6 +196,14 @@ func (v *vm) changeDisk(ctx context.Context, id uuid.UUID, c *hostapi.CryptoChan
 			return err
 		}
 		defer d.Close()
+	}
+	m.info = d.Info() // proven by its MACs, which what member read is not
+	if c.Kind == hostapi.CryptoChange_ENCRYPT || c.Kind == hostapi.CryptoChange_DEEP_RECRYPT {
+		if done, err := v.arrived(m, c.Kind, key); err != nil {
+			return err
+		} else if done {
+			return v.record(id, true)
+		}
 	}
 	// Epochs only grow, over decryptions too: the bundle remembers the last one.
 	target := vdisk.Target{Key: key, Epoch: max(m.recorded, m.info.Epoch) + 1}
@@ -224,6 +228,7 @@ func (v *vm) changeDisk(ctx context.Context, id uuid.UUID, c *hostapi.CryptoChan
 	if err != nil {
 		return faultOf(err)
 	}
+	v.at("disk.done")
 	return v.record(id, c.Kind != hostapi.CryptoChange_DECRYPT)
 }
 
@@ -350,21 +355,27 @@ func (v *vm) attachDisk(ctx context.Context, a *hostapi.AttachDisk) error {
 }
 
 // dropDisk takes a disk out of VMX and bundle, then deletes its files if asked.
-func (v *vm) dropDisk(id string, remove bool) error {
+// A call that was interrupted between the two finds the files by their UUID.
+func (v *vm) dropDisk(ctx context.Context, id string, remove bool) error {
 	u, err := parseUUID("a disk", id)
 	if err != nil {
 		return err
 	}
-	var path string
 	err = v.edit(func(f *vmxfile.File, b *keysafe.Bundle) error {
 		slots, err := diskSlots(f)
 		if err != nil {
 			return err
 		}
 		for _, s := range slots {
-			p := filepath.Join(filepath.Dir(v.path), filepath.Base(s.file))
-			if info, err := vdisk.Describe(p); err == nil && info.UUID == u {
-				path = p
+			p, err := diskPath(v.path, s.file)
+			if err != nil {
+				return err
+			}
+			info, err := vdisk.Describe(p)
+			if err != nil {
+				return err // it may be the one that is meant
+			}
+			if info.UUID == u {
 				removeDisk(f, s.controller)
 			}
 		}
@@ -373,8 +384,22 @@ func (v *vm) dropDisk(id string, remove bool) error {
 		}
 		return nil
 	})
-	if err != nil || !remove || path == "" {
+	if err != nil || !remove {
 		return err
 	}
-	return faultOf(vdisk.Delete(context.Background(), path))
+	v.at("disk.dropped")
+	entries, err := os.ReadDir(filepath.Dir(v.path))
+	if err != nil {
+		return err
+	}
+	for _, e := range entries {
+		p := filepath.Join(filepath.Dir(v.path), e.Name())
+		if filepath.Ext(p) != ".vmdk" || vmdk.IsExtentName(e.Name()) {
+			continue
+		}
+		if info, err := vdisk.Describe(p); err == nil && info.UUID == u {
+			return faultOf(vdisk.Delete(ctx, p))
+		}
+	}
+	return nil
 }

@@ -31,6 +31,9 @@ type opened struct {
 
 // openAll opens every disk of the VM. The extents' locks are held from here on.
 func (v *vm) openAll(ctx context.Context) (o *opened, err error) {
+	if err := v.settle(); err != nil {
+		return nil, err
+	}
 	f, err := loadVMX(v.path)
 	if err != nil {
 		return nil, err
@@ -40,9 +43,6 @@ func (v *vm) openAll(ctx context.Context) (o *opened, err error) {
 		return nil, err
 	}
 	defer b.Wipe()
-	if err := v.settle(f, b); err != nil {
-		return nil, err
-	}
 	all := &opened{disks: map[uuid.UUID]*vdisk.Disk{}}
 	defer func() {
 		if err != nil {
@@ -63,11 +63,8 @@ func (v *vm) openAll(ctx context.Context) (o *opened, err error) {
 }
 
 func (o *opened) closeDisks() (err error) {
-	for id, d := range o.disks {
-		if cerr := d.Close(); cerr != nil && err == nil {
-			err = cerr
-		}
-		delete(o.disks, id)
+	for _, d := range o.disks {
+		err = errors.Join(err, d.Close())
 	}
 	return err
 }
@@ -84,8 +81,47 @@ type service struct {
 }
 
 // A device is a disk as the NBD server wants one: the two count statuses alike
-// and know nothing of each other.
-type device struct{ *vdisk.Disk }
+// and know nothing of each other. It marks the run folder before the guest hears
+// of a failed fsync: that is final for the guest, also when this process dies and
+// the next one finds storage that answers again (design §4 Failure).
+type device struct {
+	*vdisk.Disk
+	failed func(error)
+}
+
+func (d device) check(err error) error {
+	if err != nil {
+		if dead := d.Failed(); dead != nil {
+			d.failed(dead)
+		}
+	}
+	return err
+}
+
+func (d device) ReadAt(p []byte, off int64) error  { return d.check(d.Disk.ReadAt(p, off)) }
+func (d device) WriteAt(p []byte, off int64) error { return d.check(d.Disk.WriteAt(p, off)) }
+func (d device) Flush(ctx context.Context) error   { return d.check(d.Disk.Flush(ctx)) }
+func (d device) Trim(off, n int64) error           { return d.check(d.Disk.Trim(off, n)) }
+
+func (d device) WriteZeroes(off, n int64, punch bool) error {
+	return d.check(d.Disk.WriteZeroes(off, n, punch))
+}
+
+// FailedFile is the mark that a disk of a VM failed for good, in the vmx's run
+// folder. It holds the reason, in words.
+const FailedFile = "failed"
+
+func (c Config) markFailed(failure error) {
+	f, err := os.OpenFile(filepath.Join(c.RunDir, FailedFile), os.O_WRONLY|os.O_CREATE|os.O_EXCL, 0o600)
+	if errors.Is(err, os.ErrExist) {
+		return
+	}
+	if err == nil {
+		_, err = f.WriteString(failure.Error())
+		err = errors.Join(err, f.Close())
+	}
+	c.Logger.Error("a disk failed for good", "error", failure, "mark", err)
+}
 
 func (d device) BlockStatus(off, n int64, emit func(n int64, s nbd.Status) bool) error {
 	return d.Disk.BlockStatus(off, n, func(n int64, s vdisk.Status) bool { return emit(n, nbd.Status(s)) })
@@ -133,7 +169,7 @@ func (v *vm) startService(o *opened, cfg Config) (_ *service, err error) {
 		}
 		srv := nbd.New(nbd.Options{Logger: log.With("disk", m.controller)})
 		s.servers = append(s.servers, srv)
-		if _, err := srv.Add("", device{o.disks[m.id]}, false); err != nil {
+		if _, err := srv.Add("", device{o.disks[m.id], cfg.markFailed}, false); err != nil {
 			return nil, err
 		}
 		s.running.Go(func() { serveDisk(ctx, srv, l, log) })
@@ -143,7 +179,6 @@ func (v *vm) startService(o *opened, cfg Config) (_ *service, err error) {
 	if err != nil {
 		return nil, err
 	}
-	name := fileNames(f, baseName(v.path))[0]
 	folder := filepath.Dir(v.path)
 	if keysafe.IsEncrypted(f) {
 		folder = filepath.Join(runDir, filesDir)
@@ -152,7 +187,7 @@ func (v *vm) startService(o *opened, cfg Config) (_ *service, err error) {
 		}
 	}
 	if f.String("firmware", "bios") == "efi" {
-		s.nvram = filepath.Join(folder, name)
+		s.nvram = filepath.Join(folder, nvramName(f, v.path))
 	}
 	return s, nil
 }
@@ -209,6 +244,7 @@ func (s *service) end(limit time.Duration) {
 	s.stop()
 	s.running.Wait()
 	if s.view != nil {
+		// Its mount stays: the sandbox forbids to unmount, the agent does it.
 		_ = s.view.Close()
 	}
 }

@@ -24,6 +24,8 @@ type Config struct {
 	UID    int    // of the user that QEMU runs as; 0: root
 	GID    int
 	Logger *slog.Logger
+
+	at func(step string) // tests: called at every step of a change that is on disk; nil: not
 }
 
 const controlSocket = "control.sock"
@@ -38,7 +40,12 @@ func Run(ctx context.Context, cfg Config) error {
 	}
 	ctx, stop := context.WithCancel(ctx)
 	defer stop()
-	s := &server{cfg: cfg, log: cfg.Logger, stop: stop, vm: &vm{log: cfg.Logger, path: cfg.VMX}}
+	if cfg.at == nil {
+		cfg.at = func(string) {}
+	}
+	closing, interrupt := context.WithCancel(ctx)
+	defer interrupt()
+	s := &server{cfg: cfg, log: cfg.Logger, stop: stop, closing: closing, interrupt: interrupt, vm: &vm{log: cfg.Logger, path: cfg.VMX, at: cfg.at}}
 	g := grpc.NewServer(grpc.MaxRecvMsgSize(4 << 20))
 	hostapi.RegisterVMXServer(g, s)
 	done := make(chan error, 1)
@@ -66,7 +73,11 @@ type server struct {
 	cfg  Config
 	log  *slog.Logger
 	stop context.CancelFunc
-	op   sync.Mutex // held by whatever opens, changes or closes the VM
+
+	closing   context.Context // ends when the VM is to be closed: what runs then stops
+	interrupt context.CancelFunc
+
+	op sync.Mutex // held by whatever opens, changes or closes the VM
 
 	confined bool // by confine, under op
 
@@ -104,10 +115,7 @@ func (s *server) Open(ctx context.Context, r *hostapi.OpenRequest) (*hostapi.VMX
 	if err := s.vm.identify(r.Ref); err != nil {
 		return nil, err
 	}
-	if r.Serve {
-		// Mounting is what the sandbox forbids, so it is made before.
-		s.log.Info("opening for a guest", "restarted", r.Restarted)
-	}
+	s.log.Info("opening the VM", "for a guest", r.Serve, "restarted", r.Restarted)
 	o, err := s.openWithRetry(ctx, r.Restarted)
 	if err != nil {
 		return nil, err
@@ -122,7 +130,7 @@ func (s *server) Open(ctx context.Context, r *hostapi.OpenRequest) (*hostapi.VMX
 			}
 		}
 	}
-	if r.Serve {
+	if r.Serve { // the sandbox forbids to mount and to listen
 		if o.serve, err = s.vm.startService(o, s.cfg); err != nil {
 			_ = o.closeDisks()
 			return nil, faultOf(err)
@@ -156,12 +164,12 @@ func (s *server) openWithRetry(ctx context.Context, restarted bool) (*opened, er
 
 func (s *server) status() (*hostapi.VMXStatus, error) {
 	s.mu.Lock()
-	o, v := s.open, s.vm
+	o := s.open
 	s.mu.Unlock()
-	st := &hostapi.VMXStatus{Uuid: v.id.String(), Open: o != nil}
 	if o == nil {
-		return st, nil
+		return &hostapi.VMXStatus{}, nil
 	}
+	st := &hostapi.VMXStatus{Uuid: s.vm.id.String(), Open: true}
 	for _, d := range o.disks {
 		if err := d.Failed(); err != nil {
 			st.Problem = err.Error()
@@ -205,8 +213,11 @@ func (s *server) Reconfigure(r *hostapi.VMXReconfigureRequest, stream hostapi.VM
 			_ = stream.Send(&hostapi.Progress{Stage: stage, DoneBytes: done, TotalBytes: total}) // a caller that went away cancels the context
 		}
 	}
-	if err := s.vm.reconfigure(stream.Context(), r.Change, live, tell); err != nil {
-		if stream.Context().Err() != nil {
+	ctx, done := s.whileOpen(stream.Context())
+	defer done()
+	defer s.vm.forget()
+	if err := s.vm.reconfigure(ctx, r.Change, live, tell); err != nil {
+		if ctx.Err() != nil {
 			s.log.Info("a change was stopped at a durable point", "operation", r.Change.Header.GetOperationId())
 		}
 		return faultOf(err)
@@ -216,6 +227,13 @@ func (s *server) Reconfigure(r *hostapi.VMXReconfigureRequest, stream hostapi.VM
 		return err
 	}
 	return stream.Send(&hostapi.Progress{Stage: "done", Result: info})
+}
+
+// whileOpen is a call's context, which also ends when the VM is to be closed.
+func (s *server) whileOpen(ctx context.Context) (context.Context, func()) {
+	ctx, cancel := context.WithCancel(ctx)
+	stop := context.AfterFunc(s.closing, cancel)
+	return ctx, func() { stop(); cancel() }
 }
 
 // ImportDisk implements hostapi.VMXServer.
@@ -242,8 +260,15 @@ func (s *server) ImportDisk(stream hostapi.VMX_ImportDiskServer) error {
 		if len(chunk.Data) == 0 {
 			continue
 		}
-		if end := chunk.Offset + int64(len(chunk.Data)); chunk.Offset < 0 || end > d.Size() {
-			return hostapi.Faultf(hostapi.Fault_INVALID, "the import goes to byte %d of a disk of %d bytes", end, d.Size())
+		n := int64(len(chunk.Data))
+		if chunk.Offset < 0 || n > d.Size() || chunk.Offset > d.Size()-n {
+			return hostapi.Faultf(hostapi.Fault_INVALID, "the import has %d bytes at %d of a disk of %d bytes: the image is larger than the disk", n, chunk.Offset, d.Size())
+		}
+		if chunk.Offset%vdisk.SectorSize != 0 || n%vdisk.SectorSize != 0 {
+			return hostapi.Faultf(hostapi.Fault_INVALID, "the import has %d bytes at %d: it comes in whole sectors of %d bytes", n, chunk.Offset, vdisk.SectorSize)
+		}
+		if s.closing.Err() != nil {
+			return hostapi.Faultf(hostapi.Fault_BUSY, "the VM is being closed: import again")
 		}
 		if err := d.WriteAt(chunk.Data, chunk.Offset); err != nil {
 			return faultOf(err)
@@ -276,6 +301,7 @@ func (s *server) Keys(context.Context, *hostapi.KeysRequest) (*hostapi.OpenReque
 
 // Close implements hostapi.VMXServer.
 func (s *server) Close(context.Context, *hostapi.CloseRequest) (*hostapi.CloseReply, error) {
+	s.interrupt()
 	err := s.close()
 	s.stop()
 	return &hostapi.CloseReply{}, faultOf(err)
@@ -293,7 +319,11 @@ func (s *server) close() error {
 		if o.serve != nil {
 			o.serve.end(5 * time.Second)
 		}
-		err = o.closeDisks()
+		// A disk that was served is durable when its VM is powered off.
+		for _, d := range o.disks {
+			err = errors.Join(err, d.Flush(context.Background()))
+		}
+		err = errors.Join(err, o.closeDisks())
 	}
 	s.vm.wipe()
 	return err

@@ -7,6 +7,7 @@ import (
 	"io"
 	"log/slog"
 	"os"
+	"slices"
 	"sync"
 
 	"github.com/google/uuid"
@@ -24,7 +25,8 @@ type vm struct {
 	log    *slog.Logger
 	random io.Reader // nil: crypto/rand
 	path   string    // of the VMX
-	id     uuid.UUID
+	at     func(step string)
+	id     uuid.UUID // written once, by whoever opens or creates the VM
 
 	mu     sync.Mutex // protects what follows: the files' mount asks from its own goroutines
 	keks   keysafe.KEKSet
@@ -85,10 +87,39 @@ func (v *vm) identify(ref *hostapi.VMRef) error {
 	if want := ref.GetUuid(); want != "" && want != id.String() {
 		return hostapi.Faultf(hostapi.Fault_TAMPERED, "%s is of VM %s, not of %s: another VM's folder was put in its place", v.path, id, want)
 	}
+	if v.id == uuid.Nil {
+		v.id = id
+	} else if v.id != id {
+		return hostapi.Faultf(hostapi.Fault_TAMPERED, "%s is of VM %s now, and was of %s: another VM's folder was put in its place", v.path, id, v.id)
+	}
 	v.mu.Lock()
 	defer v.mu.Unlock()
-	v.id, v.expect = id, ref.GetExpect()
+	v.expect = ref.GetExpect()
 	return nil
+}
+
+// forget wipes the KEKs that the VM's files do not name any more: after a recrypt
+// an old one must not come back with the next agent (K9). While a disk cannot be
+// read, what it needs is not known and all stay.
+func (v *vm) forget() {
+	used := map[keysafe.KeyID]bool{}
+	safes, err := RequiredKeys(v.path)
+	if info, ierr := Inspect(v.path); err != nil || ierr != nil || Unreadable(info) {
+		return
+	}
+	for _, alternatives := range safes {
+		for _, id := range alternatives {
+			used[id] = true
+		}
+	}
+	v.mu.Lock()
+	defer v.mu.Unlock()
+	for id, k := range v.keks {
+		if !used[id] {
+			k.Wipe()
+			delete(v.keks, id)
+		}
+	}
 }
 
 // bundleExpectation is what center knows of the VMX's bundle.
@@ -159,6 +190,9 @@ func (v *vm) members(f *vmxfile.File, b *keysafe.Bundle) ([]member, error) {
 			return nil, faultOf(err)
 		}
 		m.id = m.info.UUID
+		if i := slices.IndexFunc(all, func(o member) bool { return o.id == m.id }); i >= 0 {
+			return nil, hostapi.Faultf(hostapi.Fault_INVALID, "%s and %s are both disk %s: one is a copy; import it as a disk of its own instead, or take it out of %s", all[i].path, m.path, m.id, v.path)
+		}
 		var must bool
 		var epoch uint64
 		if b != nil {

@@ -646,12 +646,12 @@ func TestLockedOut(t *testing.T) {
 	if f, text := hostapi.AsFault(err); err == nil || f.Kind != hostapi.Fault_IN_USE {
 		t.Errorf("second open: %v %q", f.Kind, text)
 	}
-	if _, err := Delete(l.path); err == nil {
+	if _, err := Delete(l.path, l.vm.String()); err == nil {
 		t.Error("a VM in use was deleted")
 	}
 	l.stop(q)
 	l.stop(p)
-	if left, err := Delete(l.path); err != nil || len(left) > 0 {
+	if left, err := Delete(l.path, l.vm.String()); err != nil || len(left) > 0 {
 		t.Errorf("delete: %v, left %v", err, left)
 	}
 	if _, err := os.Stat(filepath.Dir(l.path)); !os.IsNotExist(err) {
