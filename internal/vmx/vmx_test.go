@@ -35,7 +35,7 @@ const actAsVMX = "MORTISE_TEST_VMX"
 
 func TestMain(m *testing.M) {
 	if os.Getenv(actAsVMX) != "" {
-		cfg := Config{VMX: os.Args[1], RunDir: os.Args[2], Logger: slog.New(slog.NewTextHandler(os.Stderr, nil))}
+		cfg := Config{VMX: os.Args[1], RunDir: os.Args[2], Logger: slog.New(slog.NewTextHandler(os.Stderr, nil)), at: steps(os.Args[2])}
 		if err := errors.Join(secret.LockDown(), Run(context.Background(), cfg)); err != nil {
 			fmt.Fprintln(os.Stderr, err)
 			os.Exit(1)
