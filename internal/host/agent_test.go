@@ -303,7 +303,7 @@ func newLab(t *testing.T) *lab {
 	}
 	l.cfg = Config{
 		Name: "esx1", UUID: uuid.NewString(), Version: "test", RunDir: filepath.Join(dir, "run"), Datastores: []Datastore{ds},
-		Executable: os.Args[0], VMXEnv: append(os.Environ(), actAsVMX+"=1"), Guests: l.guests,
+		Executable: os.Args[0], VMXEnv: append(os.Environ(), actAsVMX+"=1", "GORACE=atexit_sleep_ms=0"), Guests: l.guests,
 		Logger: slog.New(slog.NewTextHandler(t.Output(), nil)), Now: time.Now,
 	}
 	t.Cleanup(func() { // no vmx outlives its test

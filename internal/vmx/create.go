@@ -75,6 +75,16 @@ func (v *vm) create(ctx context.Context, r *hostapi.CreateVMRequest) (err error)
 		}
 		defer b.Wipe()
 	}
+	defer func() {
+		if err == nil || exists(v.path) {
+			return
+		}
+		for _, d := range r.Disks { // empty, and nothing names them
+			if rerr := v.removeDiskFiles(context.WithoutCancel(ctx), d.Uuid); rerr != nil {
+				v.log.Warn("removing a disk of a VM that could not be created", "disk", d.Uuid, "error", rerr)
+			}
+		}
+	}()
 	for i, d := range r.Disks {
 		if err := v.addDisk(ctx, f, b, d, i); err != nil {
 			return err

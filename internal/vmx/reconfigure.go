@@ -388,6 +388,12 @@ func (v *vm) dropDisk(ctx context.Context, id string, remove bool) error {
 		return err
 	}
 	v.at("disk.dropped")
+	return v.removeDiskFiles(ctx, u.String())
+}
+
+// removeDiskFiles deletes the disk of the VM's folder that has this UUID, if there
+// is one.
+func (v *vm) removeDiskFiles(ctx context.Context, id string) error {
 	entries, err := os.ReadDir(filepath.Dir(v.path))
 	if err != nil {
 		return err
@@ -397,7 +403,7 @@ func (v *vm) dropDisk(ctx context.Context, id string, remove bool) error {
 		if filepath.Ext(p) != ".vmdk" || vmdk.IsExtentName(e.Name()) {
 			continue
 		}
-		if info, err := vdisk.Describe(p); err == nil && info.UUID == u {
+		if info, err := vdisk.Describe(p); err == nil && info.UUID.String() == id {
 			return faultOf(vdisk.Delete(ctx, p))
 		}
 	}

@@ -10,6 +10,8 @@ import (
 	"syscall"
 	"testing"
 
+	"github.com/google/uuid"
+
 	"mortise/internal/hostapi"
 )
 
@@ -326,4 +328,21 @@ func TestOtherFilesFollow(t *testing.T) {
 	if left, err := Delete(l.path, l.vm.String()); err != nil || len(left) > 0 {
 		t.Errorf("delete: %v, %v", left, err)
 	}
+}
+
+// TestFailedCreate leaves no disks, of which nothing would know.
+func TestFailedCreate(t *testing.T) {
+	l := newLab(t)
+	p := l.start()
+	_, err := p.Create(t.Context(), &hostapi.VMXCreateRequest{Keys: l.send(), Vm: &hostapi.CreateVMRequest{
+		Uuid: l.vm.String(), Name: "web1", Disks: []*hostapi.NewDisk{{Uuid: l.disk.String(), CapacityBytes: 1 << 20}, {Uuid: uuid.NewString(), CapacityBytes: 1 << 20, Controller: "scsi9:0"}},
+	}})
+	if err == nil {
+		t.Fatal("a disk was put at scsi9:0")
+	}
+	l.stop(p)
+	if left, _ := filepath.Glob(filepath.Join(filepath.Dir(l.path), "*")); len(left) > 0 {
+		t.Errorf("left behind: %v", left)
+	}
+	l.create(nil, nil)
 }

@@ -103,7 +103,7 @@ func (l *lab) start() *proc {
 		os.RemoveAll(run)
 	})
 	p := &proc{cmd: exec.Command(os.Args[0], l.path, run), log: &bytes.Buffer{}, run: run, done: make(chan error, 1)}
-	p.cmd.Env = append(os.Environ(), actAsVMX+"=1")
+	p.cmd.Env = append(os.Environ(), actAsVMX+"=1", "GORACE=atexit_sleep_ms=0")
 	p.cmd.Stderr = p.log
 	if err := p.cmd.Start(); err != nil {
 		l.Fatal(err)
