@@ -170,11 +170,9 @@ func (s *consoleStream) Write(p []byte) (int, error) {
 	}
 	s.c.writing.Lock()
 	defer s.c.writing.Unlock()
-	s.c.mu.Lock()
-	conn := s.c.conn
-	s.c.mu.Unlock()
-	if conn == nil {
-		return 0, fmt.Errorf("console: %w", ErrNotRunning)
+	conn, err := s.connection(10 * time.Second)
+	if err != nil {
+		return 0, err
 	}
 	// A guest that reads nothing must not hold a writer for ever.
 	if err := conn.SetWriteDeadline(time.Now().Add(10 * time.Second)); err != nil {
@@ -185,6 +183,30 @@ func (s *consoleStream) Write(p []byte) (int, error) {
 		err = fmt.Errorf("console: the guest takes no input: %w", err)
 	}
 	return n, err
+}
+
+// connection waits until the console is connected: one that was opened just now,
+// or that QEMU makes just now, is soon.
+func (s *consoleStream) connection(limit time.Duration) (net.Conn, error) {
+	late := time.After(limit)
+	for {
+		s.c.mu.Lock()
+		conn, more, closed := s.c.conn, s.c.more, s.c.closed
+		s.c.mu.Unlock()
+		if conn != nil {
+			return conn, nil
+		}
+		if closed {
+			return nil, fmt.Errorf("console: %w", ErrClosed)
+		}
+		select {
+		case <-more:
+		case <-s.gone:
+			return nil, fmt.Errorf("console: %w", ErrClosed)
+		case <-late:
+			return nil, fmt.Errorf("console: %w", ErrNotRunning)
+		}
+	}
 }
 
 // Close implements io.Closer. It may be called while Read waits.

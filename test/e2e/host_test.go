@@ -176,10 +176,11 @@ func (h *testHost) console(ref *hostapi.VMRef) *guest.Agent {
 	if err := s.Send(&hostapi.ConsoleData{Ref: ref}); err != nil {
 		h.Fatal(err)
 	}
-	return guest.NewAgent(&line{s: s})
+	return guest.NewAgent(&line{t: h.T, s: s})
 }
 
 type line struct {
+	t    *testing.T
 	s    hostapi.Host_ConsoleClient
 	rest []byte
 }
@@ -188,7 +189,10 @@ func (l *line) Read(p []byte) (int, error) {
 	for len(l.rest) == 0 {
 		m, err := l.s.Recv()
 		if err != nil {
-			return 0, io.EOF
+			if l.t.Context().Err() == nil {
+				l.t.Logf("console: %v", err)
+			}
+			return 0, err
 		}
 		l.rest = m.Data
 	}
