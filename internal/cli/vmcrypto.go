@@ -76,8 +76,9 @@ from the key provider and gives it to the VM's host, which makes a key of its ow
 each disk and wraps it with that one. Wrapped keys and the key's id are written beside
 the disks; keys in clear are in the host's memory only.
 
-The content is rewritten once: what will be rewritten is told before. It can be
-cancelled, which takes it back, and survives kills and power cuts of any machine.
+The content is rewritten once: what will be rewritten is told before. It survives kills
+and power cuts of any machine. Cancelled, it stops where it is, and nothing is lost: the
+VM works as it is, part of it still in clear, and the same command goes on from there.
 
 What was in clear on the datastore before, and in its snapshots and backups, is not
 undone: storage may keep old blocks. Import or create an encrypted VM to avoid that.

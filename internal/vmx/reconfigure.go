@@ -43,7 +43,7 @@ func (v *vm) reconfigure(ctx context.Context, r *hostapi.ReconfigureVMRequest, l
 		}
 	}
 	if k := r.Home.GetKind(); k != hostapi.CryptoChange_NONE && k != hostapi.CryptoChange_DECRYPT {
-		tell("VM files: "+verbs[k], 0, 0)
+		tell(verbs[k]+" VM files", 0, 0)
 		if err := v.changeHome(ctx, k, fromWire(r.Home.Key)); err != nil {
 			return err
 		}
@@ -76,7 +76,7 @@ func (v *vm) reconfigure(ctx context.Context, r *hostapi.ReconfigureVMRequest, l
 		}
 	}
 	if r.Home.GetKind() == hostapi.CryptoChange_DECRYPT {
-		tell("VM files: decrypting", 0, 0)
+		tell("decrypting VM files", 0, 0)
 		return v.decryptHome(ctx)
 	}
 	return nil
@@ -85,8 +85,8 @@ func (v *vm) reconfigure(ctx context.Context, r *hostapi.ReconfigureVMRequest, l
 var verbs = map[hostapi.CryptoChange_Kind]string{
 	hostapi.CryptoChange_ENCRYPT:         "encrypting",
 	hostapi.CryptoChange_DECRYPT:         "decrypting",
-	hostapi.CryptoChange_SHALLOW_RECRYPT: "shallow recrypt of",
-	hostapi.CryptoChange_DEEP_RECRYPT:    "deep recrypt of",
+	hostapi.CryptoChange_SHALLOW_RECRYPT: "giving a new KEK to",
+	hostapi.CryptoChange_DEEP_RECRYPT:    "giving new keys to",
 }
 
 // checkChange refuses, before anything is changed, what would end in a VM that
@@ -163,7 +163,7 @@ func (v *vm) checkChange(r *hostapi.ReconfigureVMRequest, live map[uuid.UUID]*vd
 	// Disks change their form under a guest (R2); the files that QEMU has open do
 	// not.
 	if k := r.Home.GetKind(); k != hostapi.CryptoChange_NONE && k != hostapi.CryptoChange_SHALLOW_RECRYPT {
-		return hostapi.Faultf(hostapi.Fault_WRONG_POWER_STATE, "%s the files of VM %s needs it powered off; while it runs, its keys can be shallow recrypted, and its disks changed one by one", verbs[k], v.id)
+		return hostapi.Faultf(hostapi.Fault_WRONG_POWER_STATE, "%s the files of VM %s needs it powered off: while it runs, its keys can be shallow recrypted, and its disks changed one by one", verbs[k], v.id)
 	}
 	if len(r.AddDisks)+len(r.AttachDisks)+len(r.RemoveDiskUuids) > 0 {
 		return hostapi.Faultf(hostapi.Fault_WRONG_POWER_STATE, "disks of VM %s are added and removed while it is powered off", v.id)
