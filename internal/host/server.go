@@ -12,7 +12,6 @@ import (
 
 	"mortise/internal/hostapi"
 	"mortise/internal/keysafe"
-	"mortise/internal/secret"
 	"mortise/internal/vmx"
 )
 
@@ -71,63 +70,6 @@ func (s *Server) Watch(_ *hostapi.WatchRequest, stream hostapi.Host_WatchServer)
 			return nil
 		}
 	}
-}
-
-// PushKeys implements hostapi.HostServer.
-func (s *Server) PushKeys(_ context.Context, r *hostapi.PushKeysRequest) (*hostapi.PushKeysReply, error) {
-	defer clearKeys(r.Keys)
-	if err := s.agent.obey(r.Header); err != nil {
-		return nil, err
-	}
-	for _, k := range r.Keys {
-		if len(k.Bytes) != keysafe.KEKSize || k.Id.GetProvider() == "" || k.Id.GetKey() == "" {
-			return nil, hostapi.Faultf(hostapi.Fault_INVALID, "key %s/%s has %d bytes: a KEK has %d, a provider and an id", k.Id.GetProvider(), k.Id.GetKey(), len(k.Bytes), keysafe.KEKSize)
-		}
-		key, err := secret.Take(k.Bytes)
-		if err != nil {
-			return nil, err
-		}
-		s.agent.keys.put(fromWire(k.Id), key, k.VmUuids...)
-		s.agent.log.Info("key received", "provider", k.Id.Provider, "key", k.Id.Key, "vms", k.VmUuids)
-		for _, vm := range k.VmUuids {
-			if m := s.agent.held(vm); m != nil {
-				m.wake() // it may have waited for this key
-				s.agent.drop(m)
-			}
-		}
-	}
-	return &hostapi.PushKeysReply{}, nil
-}
-
-// RemoveKeys implements hostapi.HostServer.
-func (s *Server) RemoveKeys(_ context.Context, r *hostapi.RemoveKeysRequest) (*hostapi.RemoveKeysReply, error) {
-	if err := s.agent.obey(r.Header); err != nil {
-		return nil, err
-	}
-	reply := &hostapi.RemoveKeysReply{}
-	for _, k := range r.Keys {
-		id := fromWire(k)
-		if r.VmUuid == "" {
-			users := s.agent.keys.evict(id)
-			s.agent.log.Info("key evicted", "provider", id.Provider, "key", id.Key, "vms", users)
-			continue
-		}
-		if wiped := s.agent.keys.dropVM(r.VmUuid, id); len(wiped) > 0 {
-			s.agent.log.Info("key wiped", "provider", id.Provider, "key", id.Key)
-		} else if s.agent.keys.holds(id) {
-			reply.StillUsed = append(reply.StillUsed, k)
-		}
-	}
-	return reply, nil
-}
-
-// ListKeys implements hostapi.HostServer.
-func (s *Server) ListKeys(context.Context, *hostapi.ListKeysRequest) (*hostapi.ListKeysReply, error) {
-	reply := &hostapi.ListKeysReply{}
-	for _, u := range s.agent.keys.list() {
-		reply.Keys = append(reply.Keys, &hostapi.HeldKey{Id: toWire(u.ID), VmUuids: u.VMs, SinceUnix: u.Since.Unix()})
-	}
-	return reply, nil
 }
 
 // operate is how every command that changes a VM's files begins: the term is
@@ -446,101 +388,4 @@ func (s *Server) DeleteVM(_ context.Context, r *hostapi.PowerRequest) (*hostapi.
 		return nil, err
 	}
 	return &hostapi.DeleteVMReply{Wiped: toWireAll(s.agent.keys.dropVM(m.uuid)), LeftBehind: left}, nil
-}
-
-// ImportDisk implements hostapi.HostServer.
-func (s *Server) ImportDisk(stream hostapi.Host_ImportDiskServer) error {
-	first, err := stream.Recv()
-	if err != nil {
-		return err
-	}
-	reply, err := s.importDisk(first, stream)
-	if err != nil {
-		return err
-	}
-	return stream.SendAndClose(reply)
-}
-
-func (s *Server) importDisk(first *hostapi.ImportChunk, stream hostapi.Host_ImportDiskServer) (reply *hostapi.ImportReply, err error) {
-	m, path, end, err := s.operate(first.Header, first.Ref)
-	if err != nil {
-		return nil, err
-	}
-	defer end()
-	if err := m.mustBeOff("import a disk into"); err != nil {
-		return nil, err
-	}
-	keys, err := m.keysFor(path)
-	if err != nil {
-		return nil, err
-	}
-	defer clearKeys(keys)
-	err = m.withProcess(stream.Context(), path, func(ctx context.Context, p *process) error {
-		if _, err := p.Open(ctx, &hostapi.OpenRequest{Ref: first.Ref, Keys: keys}); err != nil {
-			return err
-		}
-		out, err := p.ImportDisk(ctx)
-		if err != nil {
-			return err
-		}
-		for chunk := first; err == nil; chunk, err = stream.Recv() {
-			if serr := out.Send(chunk); serr != nil {
-				break // the reason comes with CloseAndRecv
-			}
-		}
-		if err != nil && err != io.EOF {
-			return err
-		}
-		reply, err = out.CloseAndRecv()
-		return err
-	})
-	return reply, err
-}
-
-// Console implements hostapi.HostServer.
-func (s *Server) Console(stream hostapi.Host_ConsoleServer) error {
-	first, err := stream.Recv()
-	if err != nil {
-		return err
-	}
-	m := s.agent.held(first.Ref.GetUuid())
-	if m == nil {
-		return hostapi.Faultf(hostapi.Fault_WRONG_POWER_STATE, "VM %s is not powered on here: it has no console", first.Ref.GetUuid())
-	}
-	defer s.agent.drop(m)
-	m.mu.Lock()
-	console := m.console
-	m.mu.Unlock()
-	if console == nil {
-		return hostapi.Faultf(hostapi.Fault_WRONG_POWER_STATE, "VM %s is powered off: it has no console", m.uuid)
-	}
-	line, err := console.Attach()
-	if err != nil {
-		return err
-	}
-	defer line.Close()
-	go func() {
-		defer line.Close()
-		for {
-			in, err := stream.Recv()
-			if err != nil {
-				return
-			}
-			if _, err := line.Write(in.Data); err != nil {
-				return
-			}
-		}
-	}()
-	buf := make([]byte, 16<<10)
-	for {
-		n, err := line.Read(buf)
-		if n > 0 {
-			if serr := stream.Send(&hostapi.ConsoleData{Data: append([]byte(nil), buf[:n]...)}); serr != nil {
-				return serr
-			}
-		}
-		if err != nil {
-			return nil // the guest ended, or the caller went away
-		}
-	}
 }
