@@ -9,7 +9,7 @@ run=(
 	qemu-system-x86 qemu-utils ovmf fuse3
 	# the demonstration's guest: kernel, user space, boot loader
 	linux-image-cloud-amd64 busybox-static grub-efi-amd64-bin grub-pc-bin grub-common
-	mtools dosfstools e2fsprogs gdisk cpio
+	mtools dosfstools e2fsprogs gdisk cpio kmod
 	ca-certificates curl
 )
 test=(
