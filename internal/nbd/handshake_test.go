@@ -141,7 +141,7 @@ func TestAbort(t *testing.T) {
 
 // Whoever breaks the rules loses the connection, and nobody else does.
 func TestHandshakeGarbage(t *testing.T) {
-	_, _, path := serve(t, newMemDisk(t, 1<<20), Options{HandshakeTimeout: 300 * time.Millisecond}, false)
+	_, _, path := serve(t, newMemDisk(t, 1<<20), Options{HandshakeTimeout: 2 * time.Second}, false)
 	good := connect(t, path, true)
 	tests := map[string][]byte{
 		"unknown client flags":    be32(0xff),
