@@ -155,7 +155,7 @@ func unseal(text []byte, passphrase *secret.Key) (k *Key, err error) {
 	}
 	plain := make([]byte, idLen+keyLen)
 	defer clear(plain)
-	passphrase.Use(func(p []byte) { err = decrypt(plain, f.sealed, string(p)) })
+	passphrase.Use(func(p []byte) { err = decrypt(plain, armor.NewReader(bytes.NewReader(f.sealed)), string(p)) })
 	if err != nil {
 		return nil, err
 	}
@@ -169,14 +169,14 @@ func unseal(text []byte, passphrase *secret.Key) (k *Key, err error) {
 	return k, nil
 }
 
-// decrypt fills plain, exactly, from an armored age file.
-func decrypt(plain, sealed []byte, passphrase string) error {
+// decrypt fills plain, exactly, from an age file.
+func decrypt(plain []byte, sealed io.Reader, passphrase string) error {
 	scrypt, err := age.NewScryptIdentity(passphrase)
 	if err != nil {
 		return err
 	}
 	scrypt.SetMaxWorkFactor(maxWorkFactor)
-	r, err := age.Decrypt(armor.NewReader(bytes.NewReader(sealed)), scryptOnly{scrypt})
+	r, err := age.Decrypt(sealed, scryptOnly{scrypt})
 	if errors.Is(err, age.ErrIncorrectIdentity) {
 		return ErrWrongPassphrase
 	}

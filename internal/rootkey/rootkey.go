@@ -1,13 +1,14 @@
-// Package rootkey keeps a root key: the AES-256 key at the top of a role's key
-// hierarchy. kms wraps its CRKs with one (S4), center seals its own secrets
-// (CA keys, KMIP client keys) with another; the two never share one.
+// Package rootkey keeps root keys: the AES-256 keys at the top of a role's key
+// hierarchy. kms wraps its instance keys with them (CRKs, S4), center seals its
+// own secrets (CA keys, KMIP client keys) with another; the two never share one.
 //
-// The root key here lives in a sealed file: encrypted to a passphrase by age
-// with scrypt, so that it is never in clear on a disk. While a role runs, the
-// key is in locked memory and leaves it only as the argument of AES.
+// center has one [Key], in a file that a passphrase opens. A KMS has many, and
+// keeps them in a [Keyring], a file that a passphrase or a TPM opens, or in a
+// token (subpackage pkcs11). Neither is ever in clear on a disk. While a role
+// runs, keys are in locked memory and leave it only as the argument of AES.
 //
 // Place in the flow: level 1; used by store's owners, kms and center through
-// interfaces that those declare. It imports secret only.
+// interfaces that those declare. It imports secret and atomicfile only.
 package rootkey
 
 import (
