@@ -114,11 +114,14 @@ func serveKMS(ctx context.Context, cfg kmsConfig, isDev bool) error {
 		return err
 	}
 	defer s.Close()
-	k, err := kms.Open(ctx, s, root, kms.Options{Logger: log})
+	k, err := kms.Open(ctx, s, kms.Options{Logger: log})
 	if err != nil {
 		return err
 	}
 	defer k.Close()
+	if err := k.Unlock(ctx, kms.SingleCRK(root)); err != nil {
+		return err
+	}
 	if err := os.MkdirAll(filepath.Dir(cfg.AdminSocket), 0o755); err != nil {
 		return err
 	}

@@ -49,17 +49,17 @@ func TestClients(t *testing.T) {
 	cert := certificate(t, time.Hour, f.clock.now())
 	text := pki.EncodeCertificates(cert)
 
-	if _, err := f.Session(ctx, DefaultInstance, cert); !errors.Is(err, ErrUnknownClient) {
+	if _, err := f.Session(ctx, DefaultInstance, cert, ""); !errors.Is(err, ErrUnknownClient) {
 		t.Fatalf("before it is added: %v", err)
 	}
 	c, err := admin.AddClient(ctx, DefaultInstance, "vc1", text)
 	if err != nil || c.Name != "vc1" || len(c.Fingerprint) != 64 {
 		t.Fatalf("add: %+v, %v", c, err)
 	}
-	if s, err := f.Session(ctx, DefaultInstance, cert); err != nil || s.Client != "vc1" {
+	if s, err := f.Session(ctx, DefaultInstance, cert, ""); err != nil || s.Name != "vc1" {
 		t.Errorf("after it is added: %v", err)
 	}
-	if _, err := f.Session(ctx, "other", cert); !errors.Is(err, ErrUnknownInstance) {
+	if _, err := f.Session(ctx, "other", cert, ""); !errors.Is(err, ErrUnknownInstance) {
 		t.Errorf("of another instance: %v", err)
 	}
 	list, err := admin.Clients(ctx, DefaultInstance)
@@ -87,14 +87,14 @@ func TestClients(t *testing.T) {
 		}
 	}
 	f.clock.pass(2 * time.Hour)
-	if _, err := f.Session(ctx, DefaultInstance, cert); !errors.Is(err, ErrExpired) {
+	if _, err := f.Session(ctx, DefaultInstance, cert, ""); !errors.Is(err, ErrExpired) {
 		t.Errorf("after its expiry: %v", err)
 	}
 	f.clock.pass(-2 * time.Hour)
 	if err := admin.RemoveClient(ctx, DefaultInstance, pki.Thumbprint(cert)); err != nil {
 		t.Errorf("remove: %v", err)
 	}
-	if _, err := f.Session(ctx, DefaultInstance, cert); !errors.Is(err, ErrUnknownClient) {
+	if _, err := f.Session(ctx, DefaultInstance, cert, ""); !errors.Is(err, ErrUnknownClient) {
 		t.Errorf("after it is removed: %v", err)
 	}
 	stop()

@@ -18,6 +18,7 @@ import (
 type Client struct {
 	Fingerprint string    `json:"fingerprint"` // hexadecimal
 	Name        string    `json:"name"`        // the administrator's label
+	Role        Role      `json:"role"`
 	Subject     string    `json:"subject"`
 	NotBefore   time.Time `json:"notBefore"`
 	NotAfter    time.Time `json:"notAfter"`
@@ -32,20 +33,23 @@ var (
 	ErrExpired = errors.New("client certificate is outside its validity")
 	// ErrClientExists: the certificate is pinned already.
 	ErrClientExists = errors.New("client certificate is known already")
+	// ErrLocked: the KMS has not been given its root keys yet.
+	ErrLocked = errors.New("the key server is locked; unlock it with: mortise kms unlock")
 	// ErrUnknownInstance: there is no instance of that id.
 	ErrUnknownInstance = errors.New("no such instance")
 )
 
 // Session returns what the holder of cert may do with an instance, as of now:
-// linearizable, so that a certificate that was removed is refused at once. The
-// errors are ErrUnknownInstance, ErrUnknownClient, ErrExpired, or the store's.
-func (k *KMS) Session(ctx context.Context, instanceID string, cert *x509.Certificate) (*Session, error) {
+// linearizable, so that a certificate that was removed is refused at once. from
+// is the holder's address. The errors are ErrUnknownInstance, ErrUnknownClient,
+// ErrExpired, or the store's.
+func (k *KMS) Session(ctx context.Context, instanceID string, cert *x509.Certificate, from string) (*Session, error) {
 	inst, err := k.instance(instanceID)
 	if err != nil {
 		return nil, err
 	}
 	sum := sha256.Sum256(cert.Raw)
-	e, err := k.clients.Get(ctx, inst.id+"/"+hex.EncodeToString(sum[:]))
+	e, err := inst.clients.Get(ctx, hex.EncodeToString(sum[:]))
 	if errors.Is(err, store.ErrNotFound) {
 		return nil, fmt.Errorf("kms: %w: %q, SHA-256 %x; add it with: mortise kms client add FILE", ErrUnknownClient, cert.Subject, sum)
 	}
@@ -55,7 +59,9 @@ func (k *KMS) Session(ctx context.Context, instanceID string, cert *x509.Certifi
 	if err := valid(cert, k.now()); err != nil {
 		return nil, fmt.Errorf("kms: %q, SHA-256 %x: %w", cert.Subject, sum, err)
 	}
-	return &Session{k: k, inst: inst, synced: true, Client: e.Value.Name}, nil
+	return &Session{k: k, inst: inst, synced: true, Actor: Actor{
+		Kind: "certificate", Name: e.Value.Name, Fingerprint: e.Value.Fingerprint, From: from, Instance: inst.id, Role: e.Value.Role,
+	}}, nil
 }
 
 func valid(cert *x509.Certificate, now time.Time) error {
@@ -82,13 +88,14 @@ func (k *KMS) AddClient(ctx context.Context, instanceID, name string, cert *x509
 	c := Client{
 		Fingerprint: hex.EncodeToString(sum[:]),
 		Name:        name,
+		Role:        RoleAdministrator,
 		Subject:     cert.Subject.String(),
 		NotBefore:   cert.NotBefore.UTC(),
 		NotAfter:    cert.NotAfter.UTC(),
 		Added:       k.now().UTC().Truncate(time.Second),
 		Certificate: cert.Raw,
 	}
-	if _, err := k.store.Commit(ctx, k.clients.Create(inst.id+"/"+c.Fingerprint, c)); err != nil {
+	if _, err := k.store.Commit(ctx, inst.clients.Create(c.Fingerprint, c)); err != nil {
 		if errors.Is(err, store.ErrExists) {
 			return Client{}, fmt.Errorf("kms: %w: SHA-256 %s", ErrClientExists, c.Fingerprint)
 		}
@@ -104,7 +111,7 @@ func (k *KMS) Clients(ctx context.Context, instanceID string) ([]Client, error) 
 	if err != nil {
 		return nil, err
 	}
-	entries, err := k.clients.List(ctx, inst.id+"/")
+	entries, err := inst.clients.List(ctx, "")
 	if err != nil {
 		return nil, fmt.Errorf("kms: listing client certificates: %w", err)
 	}
@@ -126,7 +133,7 @@ func (k *KMS) RemoveClient(ctx context.Context, instanceID, fingerprint string) 
 	if b, err := hex.DecodeString(fingerprint); err != nil || len(b) != sha256.Size {
 		return fmt.Errorf("kms: %w: %q is no SHA-256 fingerprint of 64 hexadecimal digits; see: mortise kms client ls", ErrUnknownClient, fingerprint)
 	}
-	if _, err := k.store.Commit(ctx, k.clients.Delete(inst.id+"/"+fingerprint, 0)); err != nil {
+	if _, err := k.store.Commit(ctx, inst.clients.Delete(fingerprint, 0)); err != nil {
 		if errors.Is(err, store.ErrNotFound) {
 			return fmt.Errorf("kms: %w: SHA-256 %s; see: mortise kms client ls", ErrUnknownClient, fingerprint)
 		}
@@ -137,8 +144,13 @@ func (k *KMS) RemoveClient(ctx context.Context, instanceID, fingerprint string) 
 }
 
 func (k *KMS) instance(id string) (*instance, error) {
+	k.mu.RLock()
+	defer k.mu.RUnlock()
 	if i := k.instances[id]; i != nil {
 		return i, nil
+	}
+	if len(k.roots) == 0 {
+		return nil, fmt.Errorf("kms: %w", ErrLocked)
 	}
 	return nil, fmt.Errorf("kms: %w: %q", ErrUnknownInstance, id)
 }

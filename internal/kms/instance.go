@@ -10,7 +10,6 @@ import (
 	"encoding/hex"
 	"errors"
 	"fmt"
-	"strings"
 	"time"
 
 	"mortise/internal/secret"
@@ -21,6 +20,8 @@ import (
 // the CRK.
 type instanceRecord struct {
 	Created time.Time
+	// Provider is the kind of root-key provider that keeps the CRK.
+	Provider string
 	// CRK is the id of the root key that wraps the keys below.
 	CRK string
 	// Keys are the generations of the instance key. The last seals new records;
@@ -42,48 +43,72 @@ type instance struct {
 	current uint32
 	seals   map[uint32]cipher.AEAD // by generation
 	nameKey *secret.Key
+
+	objects *store.Collection[*object]
+	names   *store.Collection[string]
+	clients *store.Collection[Client]
 }
 
-// openInstance unwraps the keys of the instance called id, making it if the
-// store has none.
-func openInstance(ctx context.Context, s *store.Store, records *store.Collection[instanceRecord], root RootKey, id string, now time.Time) (*instance, error) {
-	e, err := records.Get(ctx, id)
-	if errors.Is(err, store.ErrNotFound) {
-		var fresh instanceRecord
-		if fresh, err = newInstance(root, id, now); err != nil {
-			return nil, err
-		}
-		if _, err = s.Commit(ctx, records.Create(id, fresh)); err != nil && !errors.Is(err, store.ErrExists) {
-			return nil, err
-		}
-		e, err = records.Get(ctx, id)
+// openInstance unwraps the keys of the instance called id and loads its records.
+func openInstance(ctx context.Context, s *store.Store, roots map[string]RootKeys, id string, r instanceRecord) (_ *instance, err error) {
+	root := roots[r.Provider]
+	if root == nil {
+		return nil, fmt.Errorf("its CRK is kept by a root-key provider of kind %q, which is not configured", r.Provider)
 	}
+	i, err := unwrapInstance(ctx, root, id, r)
 	if err != nil {
 		return nil, err
 	}
-	if e.Value.CRK != root.ID() {
-		return nil, fmt.Errorf("its keys are wrapped by root key %s, and root key %s was given: use the root key that belongs to this state folder", e.Value.CRK, root.ID())
+	defer func() {
+		if err != nil {
+			i.close()
+		}
+	}()
+	if i.objects, err = store.NewCollection(ctx, s, "object-"+id, store.Codec[*object](objectCodec{i})); err != nil {
+		return nil, err
 	}
-	return unwrapInstance(root, id, e.Value)
+	if i.names, err = store.NewCollection(ctx, s, "name-"+id, store.JSON[string](1)); err != nil {
+		return nil, err
+	}
+	i.clients, err = store.NewCollection(ctx, s, "client-"+id, store.Sealed(store.JSON[Client](1), i))
+	return i, err
 }
 
-func newInstance(root RootKey, id string, now time.Time) (r instanceRecord, err error) {
-	r = instanceRecord{Created: now.UTC(), CRK: root.ID(), Keys: []wrappedKey{{Generation: 1}}}
-	if r.Keys[0].Wrapped, err = wrapNew(root, keyBinding(id, 1)); err != nil {
+// close forgets the instance's records and wipes what keys it can.
+func (i *instance) close() {
+	if i.objects != nil {
+		i.objects.Close()
+	}
+	if i.names != nil {
+		i.names.Close()
+	}
+	if i.clients != nil {
+		i.clients.Close()
+	}
+	i.wipe()
+}
+
+// newInstance makes a CRK for the instance called id, and its keys.
+func newInstance(ctx context.Context, root RootKeys, id string, now time.Time) (r instanceRecord, err error) {
+	r = instanceRecord{Created: now.UTC(), Provider: root.Kind(), Keys: []wrappedKey{{Generation: 1}}}
+	if r.CRK, err = root.Create(ctx); err != nil {
 		return r, err
 	}
-	r.NameKey, err = wrapNew(root, nameBinding(id))
+	if r.Keys[0].Wrapped, err = wrapNew(ctx, root, r.CRK, keyBinding(id, 1)); err != nil {
+		return r, err
+	}
+	r.NameKey, err = wrapNew(ctx, root, r.CRK, nameBinding(id))
 	return r, err
 }
 
 // wrapNew makes an AES-256 key and returns it wrapped.
-func wrapNew(root RootKey, binding []byte) ([]byte, error) {
+func wrapNew(ctx context.Context, root RootKeys, crk string, binding []byte) ([]byte, error) {
 	key, err := secret.Random(nil, 32)
 	if err != nil {
 		return nil, err
 	}
 	defer key.Wipe()
-	return root.Seal(key, binding)
+	return root.Seal(ctx, crk, key, binding)
 }
 
 func keyBinding(id string, generation uint32) []byte {
@@ -92,7 +117,7 @@ func keyBinding(id string, generation uint32) []byte {
 
 func nameBinding(id string) []byte { return []byte("mortise kms name key\x00" + id) }
 
-func unwrapInstance(root RootKey, id string, r instanceRecord) (_ *instance, err error) {
+func unwrapInstance(ctx context.Context, root RootKeys, id string, r instanceRecord) (_ *instance, err error) {
 	if len(r.Keys) == 0 {
 		return nil, errors.New("its record names no key")
 	}
@@ -102,11 +127,11 @@ func unwrapInstance(root RootKey, id string, r instanceRecord) (_ *instance, err
 			i.wipe()
 		}
 	}()
-	if i.nameKey, err = root.Open(r.NameKey, nameBinding(id)); err != nil {
+	if i.nameKey, err = root.Open(ctx, r.CRK, r.NameKey, nameBinding(id)); err != nil {
 		return nil, fmt.Errorf("unwrapping its name key: %w", err)
 	}
 	for _, w := range r.Keys {
-		key, err := root.Open(w.Wrapped, keyBinding(id, w.Generation))
+		key, err := root.Open(ctx, r.CRK, w.Wrapped, keyBinding(id, w.Generation))
 		if err != nil {
 			return nil, fmt.Errorf("unwrapping its key of generation %d: %w", w.Generation, err)
 		}
@@ -138,7 +163,7 @@ func (i *instance) nameIndex(name []byte) string {
 		mac.Write(name)
 		sum = mac.Sum(nil)
 	})
-	return i.id + "/" + hex.EncodeToString(sum)
+	return hex.EncodeToString(sum)
 }
 
 // A sealed record begins with sealVersion and the generation of the instance
@@ -149,26 +174,17 @@ const (
 	sealLabel   = "mortise kms record\x00"
 )
 
-// sealer seals records with the key of the instance that their name begins
-// with. It is a store.Sealer; the additional data is the record's name.
-type sealer struct{ instances map[string]*instance }
-
-func (s sealer) Seal(plain, at []byte) ([]byte, error) {
-	i, err := s.instanceOf(at)
-	if err != nil {
-		return nil, err
-	}
+// Seal seals a record with the instance's newest key, bound to the record's
+// name. An instance is a store.Sealer.
+func (i *instance) Seal(plain, at []byte) ([]byte, error) {
 	out := make([]byte, sealHeader, sealHeader+len(plain)+28)
 	out[0] = sealVersion
 	binary.BigEndian.PutUint32(out[1:], i.current)
 	return i.seals[i.current].Seal(out, nil, plain, sealBinding(out, at)), nil
 }
 
-func (s sealer) Open(sealed, at []byte) ([]byte, error) {
-	i, err := s.instanceOf(at)
-	if err != nil {
-		return nil, err
-	}
+// Open is the reverse of Seal, for every generation that is there.
+func (i *instance) Open(sealed, at []byte) ([]byte, error) {
 	if len(sealed) < sealHeader || sealed[0] != sealVersion {
 		return nil, errors.New("it is not sealed in a way that this program knows")
 	}
@@ -189,14 +205,4 @@ func sealBinding(header, at []byte) []byte {
 	b = append(b, sealLabel...)
 	b = append(b, header[:sealHeader]...)
 	return append(b, at...)
-}
-
-// instanceOf reads the instance out of "/collection/instance/…".
-func (s sealer) instanceOf(at []byte) (*instance, error) {
-	if parts := strings.SplitN(string(at), "/", 4); len(parts) == 4 {
-		if i := s.instances[parts[2]]; i != nil {
-			return i, nil
-		}
-	}
-	return nil, errors.New("it belongs to no open instance")
 }

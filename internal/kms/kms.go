@@ -15,9 +15,14 @@
 //
 // # Instances
 //
-// Every record's key begins with the id of its instance, and a [Session] is
-// bound to one, so that a client of one instance cannot name a thing of another
-// (S2). There is one instance, [DefaultInstance].
+// Every instance has collections of its own in the store, and a [Session] is
+// bound to one instance, so that a client of one cannot name a thing of another
+// (S2). [DefaultInstance] is made at the first start.
+//
+// # Locked and unlocked
+//
+// [Open] gives a KMS that cannot read its own records: it is locked until
+// [KMS.Unlock] is given the root-key providers.
 package kms
 
 import (
@@ -25,6 +30,8 @@ import (
 	"errors"
 	"fmt"
 	"log/slog"
+	"maps"
+	"slices"
 	"sync"
 	"time"
 
@@ -58,71 +65,106 @@ type Options struct {
 
 // KMS is an open key management server. Its methods may be called concurrently.
 type KMS struct {
-	log       *slog.Logger
-	now       func() time.Time
-	store     *store.Store
-	instances map[string]*instance // does not change after Open
-	objects   *store.Collection[*object]
-	names     *store.Collection[string]
-	clients   *store.Collection[Client]
+	log     *slog.Logger
+	now     func() time.Time
+	store   *store.Store
+	records *store.Collection[instanceRecord]
 
+	mu        sync.RWMutex
+	roots     map[string]RootKeys  // by kind; empty while locked
+	instances map[string]*instance // the open ones
+	unlocked  chan struct{}        // closed by Unlock
+
+	run  context.Context // ends with Close
 	stop context.CancelFunc
 	done sync.WaitGroup
 }
 
-// Open loads the KMS that s holds, or makes a new one. root must be the root
-// key that made it, and is used by Open only. Store and root key stay the
-// caller's to close, the store after the KMS.
-func Open(ctx context.Context, s *store.Store, root RootKey, o Options) (*KMS, error) {
+// Open returns the KMS that s holds, locked. The store stays the caller's to
+// close, after the KMS.
+func Open(ctx context.Context, s *store.Store, o Options) (*KMS, error) {
 	if o.Logger == nil {
 		o.Logger = slog.New(slog.DiscardHandler)
 	}
 	if o.Now == nil {
 		o.Now = time.Now
 	}
-	records, err := store.NewCollection(ctx, s, "instance", store.JSON[instanceRecord](1))
-	if err != nil {
+	k := &KMS{log: o.Logger, now: o.Now, store: s, roots: map[string]RootKeys{}, instances: map[string]*instance{}, unlocked: make(chan struct{})}
+	var err error
+	if k.records, err = store.NewCollection(ctx, s, "instance", store.JSON[instanceRecord](1)); err != nil {
 		return nil, fmt.Errorf("kms: %w", err)
 	}
-	inst, err := openInstance(ctx, s, records, root, DefaultInstance, o.Now())
-	if err != nil {
-		return nil, fmt.Errorf("kms: opening instance %s: %w", DefaultInstance, err)
-	}
-	k, err := openWith(ctx, s, map[string]*instance{inst.id: inst}, o)
-	if err != nil {
-		inst.wipe()
-		return nil, fmt.Errorf("kms: %w", err)
-	}
+	k.run, k.stop = context.WithCancel(context.Background())
 	return k, nil
 }
 
-// openWith loads what the open instances can unseal.
-func openWith(ctx context.Context, s *store.Store, instances map[string]*instance, o Options) (k *KMS, err error) {
-	k = &KMS{log: o.Logger, now: o.Now, store: s, instances: instances}
-	seals := sealer{instances}
-	if k.objects, err = store.NewCollection(ctx, s, "object", store.Codec[*object](objectCodec{seals})); err != nil {
-		return nil, err
+// Unlock opens the instances with the CRKs that the providers keep, one of each
+// kind, and makes [DefaultInstance] in an empty store. The providers stay the
+// caller's to close, after the KMS.
+func (k *KMS) Unlock(ctx context.Context, providers ...RootKeys) error {
+	if len(providers) == 0 {
+		return errors.New("kms: unlocking needs a root-key provider")
 	}
-	if k.names, err = store.NewCollection(ctx, s, "name", store.JSON[string](1)); err != nil {
-		return nil, err
+	k.mu.Lock()
+	defer k.mu.Unlock()
+	if len(k.roots) > 0 {
+		return errors.New("kms: it is unlocked already")
 	}
-	if k.clients, err = store.NewCollection(ctx, s, "client", store.Sealed(store.JSON[Client](1), seals)); err != nil {
-		return nil, err
+	roots := map[string]RootKeys{}
+	for _, p := range providers {
+		roots[p.Kind()] = p
 	}
-	run, stop := context.WithCancel(context.Background())
-	k.stop = stop
-	k.done.Go(func() { k.sweepForever(run) })
-	return k, nil
+	if _, err := k.records.Get(ctx, DefaultInstance); errors.Is(err, store.ErrNotFound) {
+		fresh, err := newInstance(ctx, providers[0], DefaultInstance, k.now())
+		if err != nil {
+			return fmt.Errorf("kms: making instance %s: %w", DefaultInstance, err)
+		}
+		if _, err = k.store.Commit(ctx, k.records.Create(DefaultInstance, fresh)); err != nil && !errors.Is(err, store.ErrExists) {
+			return fmt.Errorf("kms: making instance %s: %w", DefaultInstance, err)
+		}
+	}
+	entries, err := k.records.List(ctx, "")
+	if err != nil {
+		return fmt.Errorf("kms: reading the instances: %w", err)
+	}
+	opened := map[string]*instance{}
+	for _, e := range entries {
+		i, err := openInstance(ctx, k.store, roots, e.Key, e.Value)
+		if err != nil {
+			for _, i := range opened {
+				i.close()
+			}
+			return fmt.Errorf("kms: opening instance %s: %w", e.Key, err)
+		}
+		opened[e.Key] = i
+	}
+	k.roots, k.instances = roots, opened
+	close(k.unlocked)
+	k.done.Go(func() { k.sweepForever(k.run) })
+	return nil
 }
+
+// Unlocked returns a channel that is closed once the KMS is unlocked.
+func (k *KMS) Unlocked() <-chan struct{} { return k.unlocked }
 
 // Close ends the background work and wipes what keys it can. Sessions must not
 // be used any more.
 func (k *KMS) Close() {
 	k.stop()
 	k.done.Wait()
+	k.mu.Lock()
+	defer k.mu.Unlock()
 	for _, i := range k.instances {
-		i.wipe()
+		i.close()
 	}
+	k.records.Close()
+}
+
+// open returns the instances that are open now.
+func (k *KMS) open() []*instance {
+	k.mu.RLock()
+	defer k.mu.RUnlock()
+	return slices.Collect(maps.Values(k.instances))
 }
 
 // sweepForever writes the states that dates have brought about, so that they do
@@ -144,7 +186,16 @@ func (k *KMS) sweepForever(ctx context.Context) {
 }
 
 func (k *KMS) sweep(ctx context.Context) error {
-	entries, err := k.objects.List(ctx, "")
+	for _, i := range k.open() {
+		if err := k.sweepInstance(ctx, i); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+func (k *KMS) sweepInstance(ctx context.Context, i *instance) error {
+	entries, err := i.objects.List(ctx, "")
 	if err != nil && !errors.Is(err, store.ErrDamaged) { // the store has logged each damaged one
 		return err
 	}
@@ -155,13 +206,13 @@ func (k *KMS) sweep(ctx context.Context) error {
 		if !settled && !purged {
 			continue
 		}
-		if err := k.write(ctx, e, &o); err != nil {
+		if _, err := k.store.Commit(ctx, i.objects.Update(e.Key, e.Revision, &o)); err != nil {
 			if errors.Is(err, store.ErrConflict) || errors.Is(err, store.ErrNotFound) {
 				continue // a client was faster; the next sweep sees to it
 			}
 			return err
 		}
-		k.log.Info("kms: object changed by date", "object", e.Key, "state", stateName(o.State), "purged", purged)
+		k.log.Info("kms: object changed by date", "instance", i.id, "object", e.Key, "state", stateName(o.State), "purged", purged)
 	}
 	return nil
 }

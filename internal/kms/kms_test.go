@@ -80,8 +80,11 @@ func start(t testing.TB, dir string) *fixture {
 		t.Fatal(err)
 	}
 	c := &clock{at: time.Now()}
-	k, err := Open(t.Context(), s, r, Options{Logger: log, Now: c.now})
+	k, err := Open(t.Context(), s, Options{Logger: log, Now: c.now})
 	if err != nil {
+		t.Fatal(err)
+	}
+	if err := k.Unlock(t.Context(), SingleCRK(r)); err != nil {
 		t.Fatal(err)
 	}
 	t.Cleanup(func() { k.Close(); s.Close(); r.Wipe() })
@@ -89,7 +92,7 @@ func start(t testing.TB, dir string) *fixture {
 }
 
 func (f *fixture) session() *Session {
-	return &Session{k: f.KMS, inst: f.instances[DefaultInstance], Client: "test"}
+	return &Session{k: f.KMS, inst: f.instances[DefaultInstance], Actor: Actor{Kind: "certificate", Name: "test", Instance: DefaultInstance, Role: RoleAdministrator}}
 }
 
 func attr(name kmip.AttributeName, v any) kmip.Attribute {
@@ -256,7 +259,7 @@ func TestDates(t *testing.T) {
 	if err := f.sweep(ctx); err != nil {
 		t.Fatal(err)
 	}
-	e, err := f.objects.Get(ctx, s.at(id))
+	e, err := s.inst.objects.Get(ctx, id)
 	if err != nil || e.Value.State != kmip.StateDeactivated {
 		t.Errorf("the sweep wrote %v, %v", e.Value.State, err)
 	}
@@ -278,7 +281,7 @@ func TestPurge(t *testing.T) {
 		if err := f.sweep(t.Context()); err != nil {
 			t.Fatal(err)
 		}
-		e, err := f.objects.Get(t.Context(), s.at(id))
+		e, err := s.inst.objects.Get(t.Context(), id)
 		if err != nil {
 			t.Fatal(err)
 		}
@@ -562,9 +565,17 @@ func TestReopen(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	if _, err := Open(t.Context(), again, other, Options{}); err == nil || !strings.Contains(err.Error(), other.ID()) {
+	locked, err := Open(t.Context(), again, Options{})
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := locked.Unlock(t.Context(), SingleCRK(other)); err == nil || !strings.Contains(err.Error(), other.ID()) {
 		t.Errorf("opened with another root key: %v", err)
 	}
+	if _, err := locked.Clients(t.Context(), DefaultInstance); !errors.Is(err, ErrLocked) {
+		t.Errorf("a locked KMS answers: %v", err)
+	}
+	locked.Close()
 	again.Close()
 
 	f = start(t, dir)
@@ -608,7 +619,7 @@ func scan(t *testing.T, dir string, needles [][]byte) {
 		if err != nil {
 			return err
 		}
-		total += bytes.Count(b, []byte("/object/default/"))
+		total += bytes.Count(b, []byte("/object-default/"))
 		for i, n := range needles {
 			for _, form := range [][]byte{n, []byte(hex.EncodeToString(n)), []byte(base64.StdEncoding.EncodeToString(n))} {
 				if bytes.Contains(b, form) {
@@ -633,12 +644,12 @@ func TestSwappedRecord(t *testing.T) {
 	s := f.session()
 	ctx := t.Context()
 	a, b := create(t, s), create(t, s)
-	e, err := f.objects.Get(ctx, s.at(a))
+	e, err := s.inst.objects.Get(ctx, a)
 	if err != nil {
 		t.Fatal(err)
 	}
-	forger := objectCodec{sealer{f.instances}}
-	stored, err := forger.Encode("/object/"+s.at(b), e.Value) // what b's own record would be
+	forger := objectCodec{s.inst}
+	stored, err := forger.Encode("/object-default/"+b, e.Value) // what b's own record would be
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -648,11 +659,11 @@ func TestSwappedRecord(t *testing.T) {
 		"wrong label": append([]byte{sealVersion, 0, 0, 0, 9}, stored[sealHeader:]...),
 		"empty":       nil,
 	} {
-		if _, err := forger.Decode("/object/"+s.at(b), forged); err == nil {
+		if _, err := forger.Decode("/object-default/"+b, forged); err == nil {
 			t.Errorf("a %s record was opened", what)
 		}
 	}
-	if o, err := forger.Decode("/object/"+s.at(b), stored); err != nil || o.material != 32 {
+	if o, err := forger.Decode("/object-default/"+b, stored); err != nil || o.material != 32 {
 		t.Errorf("a good record: %v", err)
 	}
 }
@@ -670,22 +681,27 @@ func TestOtherInstance(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	records, err := store.NewCollection(ctx, st, "instance", store.JSON[instanceRecord](1))
+	k, err := Open(ctx, st, Options{Logger: slog.New(slog.DiscardHandler), Now: time.Now})
 	if err != nil {
 		t.Fatal(err)
 	}
-	open := map[string]*instance{}
 	for _, id := range []string{"a", "b"} {
-		if open[id], err = openInstance(ctx, st, records, r, id, time.Now()); err != nil {
+		rec, err := newInstance(ctx, SingleCRK(r), id, time.Now())
+		if err != nil {
+			t.Fatal(err)
+		}
+		if _, err := st.Commit(ctx, k.records.Create(id, rec)); err != nil {
 			t.Fatal(err)
 		}
 	}
-	k, err := openWith(ctx, st, open, Options{Logger: slog.New(slog.DiscardHandler), Now: time.Now})
-	if err != nil {
+	if err := k.Unlock(ctx, SingleCRK(r)); err != nil {
 		t.Fatal(err)
 	}
 	defer k.Close()
-	mine, theirs := &Session{k: k, inst: open["a"]}, &Session{k: k, inst: open["b"]}
+	session := func(id string) *Session {
+		return &Session{k: k, inst: k.instances[id], Actor: Actor{Name: "test", Instance: id, Role: RoleAdministrator}}
+	}
+	mine, theirs := session("a"), session("b")
 	id, own := create(t, mine, named("same")), create(t, theirs, named("same")) // a name is an instance's own
 	for _, try := range []string{id, "../a/" + id, "a/" + id, "a"} {
 		if _, err := theirs.Get(ctx, try); reason(err) != kmip.ResultReasonItemNotFound {
@@ -701,11 +717,11 @@ func TestOtherInstance(t *testing.T) {
 	if ids, _, err := theirs.Locate(ctx, Query{}); err != nil || !slices.Equal(ids, []string{own}) {
 		t.Errorf("Locate sees %v, %v", ids, err)
 	}
-	rec, err := records.Get(ctx, "a")
+	rec, err := k.records.Get(ctx, "a")
 	if err != nil {
 		t.Fatal(err)
 	}
-	if _, err := unwrapInstance(r, "b", rec.Value); err == nil {
+	if _, err := unwrapInstance(ctx, SingleCRK(r), "b", rec.Value); err == nil {
 		t.Error("an instance's keys were unwrapped for another")
 	}
 }
@@ -723,11 +739,12 @@ func createForever(dir string) {
 	fail(err)
 	r, err := root(dir)
 	fail(err)
-	k, err := Open(ctx, st, r, Options{})
+	k, err := Open(ctx, st, Options{})
 	fail(err)
+	fail(k.Unlock(ctx, SingleCRK(r)))
 	for range 4 {
 		go func() {
-			s := &Session{k: k, inst: k.instances[DefaultInstance]}
+			s := &Session{k: k, inst: k.instances[DefaultInstance], Actor: Actor{Name: "child", Role: RoleAdministrator}}
 			for {
 				id, err := s.Create(ctx, kmip.ObjectTypeSymmetricKey, aes256())
 				fail(err)

@@ -44,7 +44,7 @@ func (s *Session) Locate(ctx context.Context, q Query) (ids []string, total int,
 	now := s.now()
 	found := candidates[:0]
 	for _, e := range candidates {
-		id := strings.TrimPrefix(e.Key, s.at(""))
+		id := e.Key
 		ok, err := f.match(id, e.Value.settled(now))
 		if err != nil {
 			return nil, 0, AsError(err)
@@ -60,7 +60,7 @@ func (s *Session) Locate(ctx context.Context, q Query) (ids []string, total int,
 		found = found[:min(int(q.Max), len(found))]
 	}
 	for _, e := range found {
-		ids = append(ids, strings.TrimPrefix(e.Key, s.at("")))
+		ids = append(ids, e.Key)
 	}
 	return ids, total, nil
 }
@@ -69,20 +69,20 @@ func (s *Session) Locate(ctx context.Context, q Query) (ids []string, total int,
 // has one, else all of the instance.
 func (s *Session) candidates(ctx context.Context, f filter) ([]store.Entry[*object], error) {
 	if f.name == nil || f.destroyed { // a destroyed object's name is no longer in the index
-		list, err := s.k.objects.List(ctx, s.at(""))
+		list, err := s.inst.objects.List(ctx, "")
 		if err != nil && !errors.Is(err, store.ErrDamaged) { // the store has logged each damaged one
 			return nil, AsError(err)
 		}
 		return list, nil
 	}
-	n, err := s.k.names.Get(ctx, s.inst.nameIndex(f.name))
+	n, err := s.inst.names.Get(ctx, s.inst.nameIndex(f.name))
 	if errors.Is(err, store.ErrNotFound) {
 		return nil, nil
 	}
 	if err != nil {
 		return nil, AsError(err)
 	}
-	e, err := s.k.objects.Get(ctx, s.at(n.Value))
+	e, err := s.inst.objects.Get(ctx, n.Value)
 	if errors.Is(err, store.ErrNotFound) { // destroyed between the two reads
 		return nil, nil
 	}

@@ -36,10 +36,37 @@ type object struct {
 	Compromised time.Time `json:",omitzero"`
 	Occurred    time.Time `json:",omitzero"` // Compromise Occurrence Date
 	LastChange  time.Time
-	Attributes  []attribute `json:",omitempty"` // what clients set, in order of addition
+	Original    time.Time          `json:",omitzero"`  // Original Creation Date, of an imported object
+	ProcessFrom time.Time          `json:",omitzero"`  // Process Start Date
+	ProtectTo   time.Time          `json:",omitzero"`  // Protect Stop Date
+	Archived    time.Time          `json:",omitzero"`  // Archive Date; zero: online
+	Format      kmip.KeyFormatType `json:",omitempty"` // as registered; 0 means Raw
+	Flags       objectFlags        `json:",omitempty"`
+	Limits      *usageLimits       `json:",omitempty"`
+	Wrapping    []byte             `json:",omitempty"` // TTLV of the Key Wrapping Data of material that is kept as it came, wrapped
+	Attributes  []attribute        `json:",omitempty"` // what clients set, in order of addition
 
 	material int        // length in bytes; 0 once purged
 	sealed   sealedFrom // where the material is
+}
+
+// objectFlags are attributes of one bit; 0 is how a new object begins.
+type objectFlags uint32
+
+const (
+	flagServed           objectFlags = 1 << iota // not Fresh: a client has got the material
+	flagGenerated                                // the material was made here
+	flagKeyless                                  // registered without a key value: not Key Value Present
+	flagSensitive                                // Sensitive
+	flagAlwaysSensitive                          // Always Sensitive
+	flagInextractable                            // not Extractable
+	flagNeverExtractable                         // Never Extractable
+)
+
+// usageLimits is the attribute Usage Limits, KMIP 1.4 §3.21.
+type usageLimits struct {
+	Total, Count int64
+	Unit         kmip.UsageLimitsUnit
 }
 
 type revocation struct {
@@ -81,7 +108,7 @@ const objectVersion = 1
 // objectCodec stores an object as the length of its JSON (4 bytes, big-endian),
 // that JSON, and the material as it is, all sealed together. The material stays
 // out of the JSON so that no encoder keeps a copy of it.
-type objectCodec struct{ sealer }
+type objectCodec struct{ *instance }
 
 func (c objectCodec) Encode(at string, o *object) ([]byte, error) {
 	meta, err := json.Marshal(o)
@@ -113,7 +140,7 @@ func (c objectCodec) Decode(at string, stored []byte) (*object, error) {
 	if err != nil {
 		return nil, fmt.Errorf("decoding %s: %w", at, err)
 	}
-	o.sealed = sealedFrom{at: at, stored: bytes.Clone(stored), opener: c.sealer}
+	o.sealed = sealedFrom{at: at, stored: bytes.Clone(stored), opener: c.instance}
 	return o, nil
 }
 

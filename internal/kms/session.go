@@ -21,8 +21,8 @@ import (
 type Session struct {
 	k      *KMS
 	inst   *instance
-	synced bool   // the cache holds all that this session must see
-	Client string // the client's label, for logs
+	synced bool // the cache holds all that this session must see
+	Actor       // who the client is
 }
 
 // Material is an object as Register takes it and Get gives it.
@@ -148,14 +148,13 @@ func (s *Session) add(ctx context.Context, o *object, key *secret.Key) (string, 
 	if err != nil {
 		return "", &Error{kmip.ResultReasonCryptographicFailure, "no identifier could be made", err}
 	}
-	ops := []store.Op{s.k.objects.Create(s.at(id.String()), o)}
+	ops := []store.Op{s.inst.objects.Create(id.String(), o)}
 	for _, a := range o.Attributes {
 		if a.Name == kmip.AttributeNameName {
-			ops = append(ops, s.k.names.Create(s.inst.nameIndex(a.Value), id.String()))
+			ops = append(ops, s.inst.names.Create(s.inst.nameIndex(a.Value), id.String()))
 		}
 	}
-	s.synced = false
-	if _, err := s.k.store.Commit(ctx, ops...); err != nil {
+	if err := s.commit(ctx, ops...); err != nil {
 		if errors.Is(err, store.ErrExists) {
 			return "", &Error{kmip.ResultReasonInvalidField, "another object has this name", err}
 		}
@@ -237,7 +236,7 @@ func (s *Session) AddAttribute(ctx context.Context, id string, a kmip.Attribute)
 			a.AttributeIndex = &added.Index
 		}
 		if a.AttributeName == kmip.AttributeNameName {
-			return []store.Op{s.k.names.Create(s.inst.nameIndex(added.Value), id)}, nil
+			return []store.Op{s.inst.names.Create(s.inst.nameIndex(added.Value), id)}, nil
 		}
 		return nil, nil
 	})
@@ -283,8 +282,8 @@ func (s *Session) ModifyAttribute(ctx context.Context, id string, a kmip.Attribu
 			return nil, nil
 		}
 		return []store.Op{
-			s.k.names.Delete(s.inst.nameIndex(old.Value), 0),
-			s.k.names.Create(s.inst.nameIndex(value), id),
+			s.inst.names.Delete(s.inst.nameIndex(old.Value), 0),
+			s.inst.names.Create(s.inst.nameIndex(value), id),
 		}, nil
 	})
 	return a, err
@@ -311,7 +310,7 @@ func (s *Session) DeleteAttribute(ctx context.Context, id string, name kmip.Attr
 			return nil, err
 		}
 		if name == kmip.AttributeNameName {
-			return []store.Op{s.k.names.Delete(s.inst.nameIndex(old.Value), 0)}, nil
+			return []store.Op{s.inst.names.Delete(s.inst.nameIndex(old.Value), 0)}, nil
 		}
 		return nil, nil
 	})
@@ -344,7 +343,7 @@ func (s *Session) Destroy(ctx context.Context, id string) error {
 	return s.change(ctx, id, func(o *object, now time.Time) (ops []store.Op, err error) {
 		for _, a := range o.Attributes {
 			if a.Name == kmip.AttributeNameName {
-				ops = append(ops, s.k.names.Delete(s.inst.nameIndex(a.Value), 0))
+				ops = append(ops, s.inst.names.Delete(s.inst.nameIndex(a.Value), 0))
 			}
 		}
 		return ops, o.destroy(now)
@@ -374,8 +373,7 @@ func (s *Session) change(ctx context.Context, id string, f func(*object, time.Ti
 			return AsError(err)
 		}
 		o.LastChange = now
-		err = s.k.write(ctx, e, &o, ops...)
-		s.synced = false
+		err = s.commit(ctx, append(ops, s.inst.objects.Update(e.Key, e.Revision, &o))...)
 		switch {
 		case err == nil:
 			return nil
@@ -387,21 +385,15 @@ func (s *Session) change(ctx context.Context, id string, f func(*object, time.Ti
 	}
 }
 
-// write replaces the object that was read as e.
-func (k *KMS) write(ctx context.Context, e store.Entry[*object], o *object, more ...store.Op) error {
-	_, err := k.store.Commit(ctx, append([]store.Op{k.objects.Update(e.Key, e.Revision, o)}, more...)...)
-	return err
-}
-
 // read returns the object in the state that its dates have brought it to.
 func (s *Session) read(ctx context.Context, id string) (store.Entry[*object], error) {
 	if id == "" {
 		return store.Entry[*object]{}, Refuse(kmip.ResultReasonItemNotFound, "no identifier is given, and none comes from earlier in the batch")
 	}
-	e, ok := s.k.objects.Peek(s.at(id))
+	e, ok := s.inst.objects.Peek(id)
 	if !s.synced || !ok { // Get also says what is wrong
 		var err error
-		if e, err = s.k.objects.Get(ctx, s.at(id)); err != nil {
+		if e, err = s.inst.objects.Get(ctx, id); err != nil {
 			return e, AsError(err)
 		}
 		s.synced = true
@@ -418,10 +410,6 @@ func (o *object) settled(now time.Time) *object {
 	}
 	return o
 }
-
-// at is the record's key. An id cannot name another instance's object: it is
-// always looked up behind the session's own.
-func (s *Session) at(id string) string { return s.inst.id + "/" + id }
 
 // now is the time in whole seconds, as KMIP's dates have it.
 func (s *Session) now() time.Time { return s.k.now().UTC().Truncate(time.Second) }

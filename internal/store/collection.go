@@ -53,6 +53,19 @@ func NewCollection[T any](ctx context.Context, s *Store, name string, codec Code
 	return c, nil
 }
 
+// Close forgets the collection: its records stay in the store, and the name may
+// be loaded again. Reads after it find nothing.
+func (c *Collection[T]) Close() {
+	c.s.cache.loading.Lock()
+	defer c.s.cache.loading.Unlock()
+	c.s.cache.mu.Lock()
+	defer c.s.cache.mu.Unlock()
+	if c.s.cache.tables[c.name] == table(c) {
+		delete(c.s.cache.tables, c.name)
+	}
+	c.rows = map[string]row[T]{}
+}
+
 func (c *Collection[T]) at(key string) string { return "/" + c.name + "/" + key }
 
 // Get returns the record called key as it is now: linearizable. ErrNotFound and

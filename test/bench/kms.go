@@ -87,8 +87,11 @@ func startKMS(ctx context.Context, dir string) (*kmsBench, error) {
 	if err != nil {
 		return nil, err
 	}
-	k, err := kms.Open(ctx, b.store, root, kms.Options{})
+	k, err := kms.Open(ctx, b.store, kms.Options{})
 	if err != nil {
+		return nil, err
+	}
+	if err := k.Unlock(ctx, kms.SingleCRK(root)); err != nil {
 		return nil, err
 	}
 	if b.plain, err = store.NewCollection(ctx, b.store, "bench", store.Codec[string](verbatim{})); err != nil {

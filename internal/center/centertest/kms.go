@@ -77,7 +77,10 @@ func StartKMS(t testing.TB) *KMS {
 		t.Fatal(err)
 	}
 	k := &KMS{t: t, Address: "127.0.0.1:0"}
-	if k.kms, err = kms.Open(context.Background(), s, root, kms.Options{Logger: slog.New(slog.DiscardHandler)}); err != nil {
+	if k.kms, err = kms.Open(context.Background(), s, kms.Options{Logger: slog.New(slog.DiscardHandler)}); err != nil {
+		t.Fatal(err)
+	}
+	if err := k.kms.Unlock(context.Background(), kms.SingleCRK(root)); err != nil {
 		t.Fatal(err)
 	}
 	key, err := pki.GenerateKey()
@@ -153,7 +156,7 @@ func (k *KMS) session() *kms.Session {
 	if _, err := k.kms.AddClient(context.Background(), kms.DefaultInstance, "administrator", cert); err != nil {
 		k.t.Fatal(err)
 	}
-	s, err := k.kms.Session(context.Background(), kms.DefaultInstance, cert)
+	s, err := k.kms.Session(context.Background(), kms.DefaultInstance, cert, "")
 	if err != nil {
 		k.t.Fatal(err)
 	}

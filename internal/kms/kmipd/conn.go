@@ -52,7 +52,9 @@ func (c *conn) serve() {
 	}
 	defer stream.Close()
 	cert := stream.ConnectionState().PeerCertificates[0]
-	open := func(ctx context.Context) (*kms.Session, error) { return c.s.kms.Session(ctx, c.s.Instance, cert) }
+	open := func(ctx context.Context) (*kms.Session, error) {
+		return c.s.kms.Session(ctx, c.s.Instance, cert, c.from)
+	}
 	for c.next(stream, open) {
 	}
 }

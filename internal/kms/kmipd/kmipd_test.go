@@ -70,8 +70,11 @@ func openKMS(t testing.TB) *kms.KMS {
 	if err != nil {
 		t.Fatal(err)
 	}
-	k, err := kms.Open(t.Context(), s, root, kms.Options{})
+	k, err := kms.Open(t.Context(), s, kms.Options{})
 	if err != nil {
+		t.Fatal(err)
+	}
+	if err := k.Unlock(t.Context(), kms.SingleCRK(root)); err != nil {
 		t.Fatal(err)
 	}
 	t.Cleanup(func() { k.Close(); s.Close(); root.Wipe(); pass.Wipe() })
@@ -958,7 +961,7 @@ func FuzzAnswer(f *testing.F) {
 	if err != nil {
 		f.Fatal(err)
 	}
-	open := func(ctx context.Context) (*kms.Session, error) { return k.Session(ctx, kms.DefaultInstance, pin.Leaf) }
+	open := func(ctx context.Context) (*kms.Session, error) { return k.Session(ctx, kms.DefaultInstance, pin.Leaf, "") }
 	f.Fuzz(func(t *testing.T, msg []byte) {
 		response, _ := s.answer(t.Context(), "fuzz", open, bytes.Clone(msg))
 		defer s.release(response)

@@ -33,7 +33,7 @@ func get(c *call, r *payloads.GetRequestPayload) (kmip.OperationPayload, error) 
 	m.Bytes.Use(func(b []byte) { value = bytes.Clone(b) })
 	c.reply.secrets = append(c.reply.secrets, value)
 	c.placeholder = id
-	c.s.log.Debug("kmip: object read", "object", id, "client", c.session.Client, "from", c.reply.from)
+	c.s.log.Debug("kmip: object read", "object", id, "client", c.session.Name, "from", c.reply.from)
 	return &payloads.GetResponsePayload{ObjectType: m.Type, UniqueIdentifier: id, Object: toObject(m, value)}, nil
 }
 
@@ -67,7 +67,7 @@ func register(c *call, r *payloads.RegisterRequestPayload) (kmip.OperationPayloa
 	if err != nil {
 		return nil, err
 	}
-	c.placeholder = id
+	c.placeholder, c.object = id, id
 	c.changed("registered", id)
 	return &payloads.RegisterResponsePayload{UniqueIdentifier: id}, nil
 }

@@ -19,6 +19,7 @@ type call struct {
 	session     *kms.Session
 	reply       *reply
 	placeholder string // KMIP 1.4 §3.2: the object that an item without an id means
+	object      string // that the item under way is about, for the audit log
 }
 
 // An operation is a row of what this server can do.
@@ -117,14 +118,19 @@ func (c *call) do(it item) kmip.ResponseBatchItem {
 	if err := inOrder(items(payload.value), op.fields); err != nil {
 		return failed(answer, kms.Refuse(fieldReason(err), "request payload: %v", err))
 	}
-	result, err := op.run(c, payload.raw)
-	if err != nil {
+	c.object = ""
+	err := c.session.Begin(op.code)
+	var result kmip.OperationPayload
+	if err == nil {
+		result, err = op.run(c, payload.raw)
+	}
+	if err = c.session.End(c, op.code, c.object, err); err != nil {
 		e := kms.AsError(err)
 		log := c.s.log.Info
 		if e.Reason == kmip.ResultReasonGeneralFailure || e.Reason == kmip.ResultReasonCryptographicFailure {
 			log = c.s.log.Error
 		}
-		log("kmip: operation refused", "operation", ttlv.EnumStr(answer.Operation), "client", c.session.Client, "from", c.reply.from,
+		log("kmip: operation refused", "operation", ttlv.EnumStr(answer.Operation), "client", c.session.Name, "from", c.reply.from,
 			"reason", ttlv.EnumStr(e.Reason), "error", err)
 		return failed(answer, e)
 	}
@@ -134,15 +140,16 @@ func (c *call) do(it item) kmip.ResponseBatchItem {
 
 // changed logs what a client did to an object.
 func (c *call) changed(what, id string, more ...any) {
-	c.s.log.Info("kmip: object "+what, append([]any{"object", id, "client", c.session.Client, "from", c.reply.from}, more...)...)
+	c.s.log.Info("kmip: object "+what, append([]any{"object", id, "client", c.session.Name, "from", c.reply.from}, more...)...)
 }
 
 // id is the object that an item means.
 func (c *call) id(given string) string {
-	if given != "" {
-		return given
+	c.object = given
+	if given == "" {
+		c.object = c.placeholder
 	}
-	return c.placeholder
+	return c.object
 }
 
 // given checks attributes that a client sends against the version it speaks.
@@ -174,7 +181,7 @@ func create(c *call, r *payloads.CreateRequestPayload) (kmip.OperationPayload, e
 	if err != nil {
 		return nil, err
 	}
-	c.placeholder = id
+	c.placeholder, c.object = id, id
 	c.changed("created", id)
 	return &payloads.CreateResponsePayload{ObjectType: r.ObjectType, UniqueIdentifier: id}, nil
 }

@@ -56,8 +56,11 @@ func startOurs(t testing.TB, endpoints int, cfg *kmipc.Config) *ours {
 	if err != nil {
 		t.Fatal(err)
 	}
-	k, err := kms.Open(context.Background(), s, root, kms.Options{})
+	k, err := kms.Open(context.Background(), s, kms.Options{})
 	if err != nil {
+		t.Fatal(err)
+	}
+	if err := k.Unlock(context.Background(), kms.SingleCRK(root)); err != nil {
 		t.Fatal(err)
 	}
 	t.Cleanup(func() { s.Close(); k.Close(); root.Wipe() })                // until it is closed the store unseals what it watches

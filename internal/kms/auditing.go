@@ -1,0 +1,25 @@
+package kms
+
+import (
+	"context"
+
+	"github.com/ovh/kmip-go"
+
+	"mortise/internal/store"
+)
+
+// Begin is called before each operation of a session, End after it, with the
+// object that it was about and how it ended. What End returns is the client's
+// answer.
+func (s *Session) Begin(op kmip.Operation) error { return nil }
+
+// End ends what Begin began.
+func (s *Session) End(ctx context.Context, op kmip.Operation, id string, err error) error { return err }
+
+// commit is how a session writes: in one transaction with all that belongs to
+// the change.
+func (s *Session) commit(ctx context.Context, ops ...store.Op) error {
+	s.synced = false
+	_, err := s.k.store.Commit(ctx, ops...)
+	return err
+}
