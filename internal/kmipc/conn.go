@@ -8,6 +8,7 @@ import (
 	"errors"
 	"fmt"
 	"net"
+	"slices"
 	"strings"
 	"syscall"
 	"time"
@@ -102,18 +103,28 @@ func (c *conn) negotiate(ctx context.Context) (kmip.ProtocolVersion, error) {
 	if err != nil {
 		return kmip.ProtocolVersion{}, err
 	}
+	common, err := inCommon(resp)
+	if err != nil {
+		return kmip.ProtocolVersion{}, err
+	}
+	return common[0], nil
+}
+
+// inCommon lists the versions that we and the server speak, the best first.
+func inCommon(resp kmip.OperationPayload) (common []kmip.ProtocolVersion, err error) {
 	discovered, ok := resp.(*payloads.DiscoverVersionsResponsePayload)
 	if !ok {
-		return kmip.ProtocolVersion{}, malformed("no list of versions")
+		return nil, malformed("no list of versions")
 	}
-	for _, ours := range versions() {
-		for _, theirs := range discovered.ProtocolVersion {
-			if ours == theirs {
-				return ours, nil
-			}
+	for _, v := range versions() {
+		if slices.Contains(discovered.ProtocolVersion, v) {
+			common = append(common, v)
 		}
 	}
-	return kmip.ProtocolVersion{}, malformed("it speaks none of KMIP 1.1 to 1.4")
+	if len(common) == 0 {
+		return nil, malformed("it speaks none of KMIP 1.1 to 1.4")
+	}
+	return common, nil
 }
 
 // exchange sends one request and reads its answer, until ctx ends. A failure
@@ -125,6 +136,16 @@ func (c *conn) exchange(ctx context.Context, req kmip.OperationPayload) (kmip.Op
 		Header:    kmip.RequestHeader{ProtocolVersion: c.version, BatchCount: 1},
 		BatchItem: []kmip.RequestBatchItem{{Operation: req.Operation(), RequestPayload: req}},
 	})
+	resp, err := c.send(ctx, msg, maxMessage)
+	if err != nil {
+		return nil, err
+	}
+	return payload(resp, req.Operation())
+}
+
+// send sends an encoded message and reads its answer of at most limit bytes,
+// until ctx ends.
+func (c *conn) send(ctx context.Context, msg []byte, limit int) (*kmip.ResponseMessage, error) {
 	deadline, _ := ctx.Deadline() // zero: none
 	if err := c.raw.SetDeadline(deadline); err != nil {
 		return nil, err
@@ -136,21 +157,17 @@ func (c *conn) exchange(ctx context.Context, req kmip.OperationPayload) (kmip.Op
 		}
 	}()
 	if _, err := c.tls.Write(msg); err != nil {
-		if _, rerr := readMessage(c.tls); refusedByTLS(rerr) { // the alert that came before the reset
+		if _, rerr := readMessage(c.tls, limit); refusedByTLS(rerr) { // the alert that came before the reset
 			err = rerr
 		}
 		return nil, err
 	}
-	answer, err := readMessage(c.tls)
+	answer, err := readMessage(c.tls, limit)
 	if err != nil {
 		return nil, err
 	}
 	defer clear(answer)
-	resp, err := decode(answer)
-	if err != nil {
-		return nil, err
-	}
-	return payload(resp, req.Operation())
+	return decode(answer)
 }
 
 // payload checks that a response answers the operation, and takes its payload.

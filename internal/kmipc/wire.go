@@ -16,9 +16,9 @@ const (
 	headerLen  = 8       // tag (3), type (1), length (4): KMIP 1.4 §9.1.1
 )
 
-// readMessage reads one response. The caller clears the buffer, in which a key
+// readMessage reads one response of at most limit bytes. The caller clears the buffer, in which a key
 // may be.
-func readMessage(r io.Reader) ([]byte, error) {
+func readMessage(r io.Reader, limit int) ([]byte, error) {
 	var header [headerLen]byte
 	if _, err := io.ReadFull(r, header[:]); err != nil {
 		return nil, err
@@ -27,8 +27,8 @@ func readMessage(r io.Reader) ([]byte, error) {
 	switch {
 	case tagOf(header[:]) != kmip.TagResponseMessage || ttlv.Type(header[3]) != ttlv.TypeStructure:
 		return nil, malformed("it begins with % x, not with a response message", header[:4])
-	case length > maxMessage-headerLen:
-		return nil, malformed("it announces %d bytes, more than %d", length, maxMessage)
+	case int64(length) > int64(limit-headerLen):
+		return nil, malformed("it announces %d bytes, more than %d", length, limit)
 	}
 	msg := make([]byte, headerLen+int(length))
 	copy(msg, header[:])

@@ -93,7 +93,7 @@ func TestMalformedMessages(t *testing.T) {
 }
 
 func readAndDecode(r io.Reader) (*kmip.ResponseMessage, error) {
-	msg, err := readMessage(r)
+	msg, err := readMessage(r, maxMessage)
 	if err != nil {
 		return nil, err
 	}
