@@ -1,6 +1,7 @@
 package store
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -11,6 +12,7 @@ import (
 	"go.etcd.io/etcd/api/v3/mvccpb"
 	"go.etcd.io/etcd/api/v3/v3rpc/rpctypes"
 	clientv3 "go.etcd.io/etcd/client/v3"
+	etcderrors "go.etcd.io/etcd/server/v3/etcdserver/errors"
 )
 
 // loadPage is how many records one read of a load brings.
@@ -60,8 +62,8 @@ func (c *cache) reach(revision int64) {
 // called. Asking after the call is what makes it linearizable: an answer that
 // was already under way could be older than a write that came before the call.
 func (s *Store) sync(ctx context.Context) error {
-	if err := s.etcd.Server.LinearizableReadNotify(ctx); err != nil {
-		return fmt.Errorf("%w: %w", ErrUnavailable, err)
+	if err := s.readIndex(ctx); err != nil {
+		return err
 	}
 	// Every revision has an event, so the watch will reach this one.
 	need := s.etcd.Server.KV().Rev()
@@ -79,6 +81,26 @@ func (s *Store) sync(ctx context.Context) error {
 		case <-moved:
 		case <-ctx.Done():
 			return fmt.Errorf("%w: %w", ErrUnavailable, ctx.Err())
+		}
+	}
+}
+
+// readIndex waits until this member has applied all that was committed when it
+// was called. An election in between is waited out: asking again changes nothing.
+func (s *Store) readIndex(ctx context.Context) error {
+	for {
+		asking, done, err := s.led(ctx)
+		if err != nil {
+			return err
+		}
+		err = s.etcd.Server.LinearizableReadNotify(asking)
+		cause := context.Cause(asking)
+		done()
+		if err == nil {
+			return nil
+		}
+		if ctx.Err() != nil || !errors.Is(err, rpctypes.ErrLeaderChanged) && !errors.Is(err, etcderrors.ErrLeaderChanged) && !errors.Is(cause, errLeaderChanged) {
+			return fmt.Errorf("%w: %w", ErrUnavailable, cmp.Or(cause, err))
 		}
 	}
 }

@@ -82,8 +82,16 @@ func (s *Store) Commit(ctx context.Context, ops ...Op) (int64, error) {
 			writes = append(writes, *o.op)
 		}
 	}
+	ctx, done, err := s.led(ctx)
+	if err != nil {
+		return 0, fmt.Errorf("store: writing %s: %w", ops[0].at, err)
+	}
+	defer done()
 	answer, err := s.client.Txn(ctx).If(compares...).Then(writes...).Else(asks...).Commit()
 	if err != nil {
+		if cause := context.Cause(ctx); cause != nil {
+			err = fmt.Errorf("%w: %w", ErrUnavailable, cause)
+		}
 		return 0, fmt.Errorf("store: writing %s: %w", ops[0].at, fromEtcd(err))
 	}
 	if answer.Succeeded {
@@ -107,7 +115,7 @@ func (s *Store) Commit(ctx context.Context, ops ...Op) (int64, error) {
 func fromEtcd(err error) error {
 	switch {
 	case errors.Is(err, rpctypes.ErrNoSpace):
-		return fmt.Errorf("%w (quota %d bytes): %w", ErrFull, int64(quota), err)
+		return fmt.Errorf("%w: %w", ErrFull, err)
 	case errors.Is(err, context.Canceled), errors.Is(err, context.DeadlineExceeded),
 		errors.Is(err, rpctypes.ErrTimeout), errors.Is(err, rpctypes.ErrTimeoutDueToLeaderFail),
 		errors.Is(err, rpctypes.ErrTimeoutDueToConnectionLost), errors.Is(err, rpctypes.ErrTimeoutWaitAppliedIndex),

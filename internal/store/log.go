@@ -42,14 +42,23 @@ func (c *slogCore) Check(e zapcore.Entry, ce *zapcore.CheckedEntry) *zapcore.Che
 	return ce
 }
 
-// noClients is a warning about the client listener that a store does not have.
-const noClients = "Running http and grpc server on single port. This is not recommended for production."
+// usual are the warnings and errors of etcd that go with how a store uses it: it
+// has no client listener, a new member learns the storage version a little later,
+// a learner's promotion is tried until it has caught up, and Close closes.
+var usual = map[string]bool{
+	"Running http and grpc server on single port. This is not recommended for production.": true,
+	"failed to update storage version":                true,
+	"rejecting promote learner: learner is not ready": true,
+	"setting up serving from embedded etcd failed.":   true,
+	"rejecting member add request; local member has not been connected to majority peers, reconfigure breaks active quorum": true,
+}
 
 func (c *slogCore) Write(e zapcore.Entry, fields []zapcore.Field) error {
-	if e.Message == noClients {
-		return nil
+	level := slogLevel(e.Level)
+	if usual[e.Message] {
+		level = slog.LevelDebug
 	}
-	c.log.Log(context.Background(), slogLevel(e.Level), e.Message, attrs(fields)...)
+	c.log.Log(context.Background(), level, e.Message, attrs(fields)...)
 	return nil
 }
 

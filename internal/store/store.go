@@ -14,7 +14,9 @@
 package store
 
 import (
+	"cmp"
 	"context"
+	"crypto/tls"
 	"errors"
 	"fmt"
 	"log/slog"
@@ -22,20 +24,18 @@ import (
 	"os"
 	"path/filepath"
 	"runtime"
+	"strings"
 	"sync"
 	"time"
 
 	"go.etcd.io/bbolt"
+	"go.etcd.io/etcd/client/pkg/v3/transport"
 	clientv3 "go.etcd.io/etcd/client/v3"
 	"go.etcd.io/etcd/server/v3/embed"
 	"go.etcd.io/etcd/server/v3/etcdserver/api/v3client"
 )
 
 const (
-	// quota is where etcd refuses writes until space is made.
-	quota = 8 << 30 // bytes
-	// quotaWarning is the share of quota that is logged as a warning.
-	quotaWarning = 0.7
 	// history is how long etcd keeps old revisions; compaction runs as often.
 	history = "1h"
 	// maxRecord bounds one transaction's bytes; a record is far smaller.
@@ -54,20 +54,41 @@ type Config struct {
 	// Logger takes etcd's warnings as warnings and its chatter as debug lines;
 	// nil discards them.
 	Logger *slog.Logger
+	// Quota is the size of the database at which writes are refused, in bytes;
+	// 0 means DefaultQuota.
+	Quota int64
+	// Peers lets other members join, or this one join others. Nil is a cluster
+	// of one, for ever, that nothing can connect to.
+	Peers *Peers
+	// Single makes this member the only one of its cluster: for when the others
+	// are lost and never come back. What only they had is lost.
+	Single bool
+
+	tendEvery  time.Duration // tests look more often
+	defragSize int64         // and at smaller files
 }
 
 // A Store is an open state folder. Its methods, and those of its collections,
 // may be called concurrently.
 type Store struct {
+	name   string
+	dir    string
+	quota  int64
+	peers  *Peers
 	log    *slog.Logger
 	lock   *os.File
 	etcd   *embed.Etcd
 	client *clientv3.Client
 	cache  cache
+	reign  reign
 
-	stop   context.CancelFunc // ends the goroutines counted by done
-	done   sync.WaitGroup
-	closed func() error // what Close does, once
+	tendEvery  time.Duration
+	defragSize int64
+
+	closing context.Context    // ends when Close begins
+	stop    context.CancelFunc // ends closing and the goroutines counted by done
+	done    sync.WaitGroup
+	closed  func() error // what Close does, once
 }
 
 // Open starts etcd in cfg.Dir and returns once it serves and the cache follows
@@ -84,35 +105,70 @@ func Open(ctx context.Context, cfg Config) (*Store, error) {
 	if err := os.MkdirAll(cfg.Dir, 0o700); err != nil {
 		return nil, fmt.Errorf("store: making the state folder: %w", err)
 	}
+	cfg.Quota = cmp.Or(cfg.Quota, DefaultQuota)
 	lock, err := lockDir(cfg.Dir)
 	if err != nil {
 		return nil, err
 	}
-	s := &Store{log: log, lock: lock}
-	s.etcd, err = startEtcd(etcdConfig(cfg, log))
-	if err != nil {
+	s := &Store{name: cfg.Name, dir: cfg.Dir, quota: cfg.Quota, peers: cfg.Peers, log: log, lock: lock,
+		tendEvery: cmp.Or(cfg.tendEvery, tendEvery), defragSize: cmp.Or(cfg.defragSize, defragSize)}
+	if err := s.start(ctx, cfg); err != nil {
 		lock.Close()
-		return nil, fmt.Errorf("store: starting etcd in %s: %w", cfg.Dir, err)
+		return nil, err
 	}
-	select {
-	case <-s.etcd.Server.ReadyNotify():
-	case err = <-s.etcd.Err():
-	case <-ctx.Done():
-		err = ctx.Err()
+	return s, nil
+}
+
+func (s *Store) start(ctx context.Context, cfg Config) error {
+	id, err := prepareIdentity(cfg.Dir, cfg.Name)
+	if err != nil {
+		return fmt.Errorf("store: %w", err)
+	}
+	s.etcd, err = startEtcd(etcdConfig(cfg, id, s.log))
+	if err != nil {
+		return fmt.Errorf("store: starting etcd in %s: %w", cfg.Dir, err)
+	}
+	err = s.awaitReady(ctx)
+	if err == nil {
+		err = id.confirm(cfg.Dir, s.etcd.Server.MemberID(), s.etcd.Server.Cluster().ID())
 	}
 	if err != nil {
 		s.etcd.Close()
-		lock.Close()
-		return nil, fmt.Errorf("store: waiting for etcd in %s: %w", cfg.Dir, err)
+		return fmt.Errorf("store: waiting for etcd in %s: %w", cfg.Dir, err)
 	}
 	s.client = v3client.New(s.etcd.Server)
-	run, stop := context.WithCancel(context.Background())
-	s.stop = stop
+	s.closing, s.stop = context.WithCancel(context.Background())
 	s.closed = sync.OnceValue(s.shutDown)
+	s.initReign()
 	s.cache.init(s.etcd.Server.KV().Rev())
-	s.done.Go(func() { s.follow(run) })
-	s.done.Go(func() { s.watchQuota(run) })
-	return s, nil
+	s.done.Go(func() { s.follow(s.closing) })
+	s.done.Go(func() { s.tend(s.closing) })
+	if cfg.Peers != nil {
+		s.done.Go(func() { s.watchLeader(s.closing) })
+		s.done.Go(func() { s.publishURL(s.closing, cfg.Peers.URL) })
+	}
+	return nil
+}
+
+// awaitReady returns when this member is part of a cluster that has a leader. A
+// cold start of several waits here until a majority is up.
+func (s *Store) awaitReady(ctx context.Context) error {
+	tick := time.NewTicker(10 * time.Second)
+	defer tick.Stop()
+	for {
+		select {
+		case <-s.etcd.Server.ReadyNotify():
+			return nil
+		case err := <-s.etcd.Err():
+			return err
+		case <-s.etcd.Server.StopNotify():
+			return ErrRemoved
+		case <-tick.C:
+			s.log.Warn("store is waiting for a majority of its cluster's members")
+		case <-ctx.Done():
+			return ctx.Err()
+		}
+	}
 }
 
 // startEtcd turns etcd's way of giving up on damaged files, a panic, into an
@@ -142,23 +198,45 @@ func startEtcd(cfg *embed.Config) (e *embed.Etcd, err error) {
 	return embed.StartEtcd(cfg)
 }
 
-// etcdConfig has no client listener: the only client is in this process. While
-// the cluster has one member it has no peer listener either, and its peer URL
-// is only a name.
-func etcdConfig(cfg Config, log *slog.Logger) *embed.Config {
+// etcdConfig has no client listener: the only client is in this process. Its
+// peer listener is a unix socket behind what checks the peers ([Peers]).
+func etcdConfig(cfg Config, id identity, log *slog.Logger) *embed.Config {
 	e := embed.NewConfig()
 	e.Dir = filepath.Join(cfg.Dir, "etcd")
 	e.Name = cfg.Name
 	e.ListenClientUrls, e.AdvertiseClientUrls = nil, nil
 	e.ListenPeerUrls = nil
 	e.AdvertisePeerUrls = []url.URL{{Scheme: "http", Host: "localhost:2380"}}
+	if p := cfg.Peers; p != nil {
+		e.ListenPeerUrls = []url.URL{{Scheme: "unix", Host: p.Socket}}
+		if u, err := url.Parse(p.URL); err == nil { // etcd checks it, and says what is wrong
+			e.AdvertisePeerUrls = []url.URL{*u}
+		}
+		e.PeerTLSInfo = transport.TLSInfo{
+			CertFile: p.Certificate, KeyFile: p.Certificate, TrustedCAFile: p.CA,
+			ServerName: PeerHost, MinVersion: tls.VersionTLS13,
+		}
+	}
 	e.InitialCluster = e.InitialClusterFromName(cfg.Name)
-	e.InitialClusterToken = "mortise"
+	e.InitialClusterToken = id.Token
+	if p := cfg.Peers; p != nil && p.Join != nil {
+		var all []string
+		for name, u := range p.Join {
+			all = append(all, name+"="+u)
+		}
+		e.InitialCluster = strings.Join(all, ",")
+		e.ClusterState = embed.ClusterStateFlagExisting
+	}
+	e.ForceNewCluster = cfg.Single
+	// A follower stands for election after 750 to 1500 ms of silence: writes are
+	// back well within 3 s of losing a leader, and a busy machine's pauses are no
+	// reason for an election.
+	e.TickMs, e.ElectionMs = 75, 750
 	e.EnableGRPCGateway = false
 	e.AuthToken = "" // nobody logs in to it
 	e.AutoCompactionMode = embed.CompactorModePeriodic
 	e.AutoCompactionRetention = history
-	e.QuotaBackendBytes = quota
+	e.QuotaBackendBytes = cfg.Quota
 	e.MaxRequestBytes = maxRecord
 	e.MaxTxnOps = 2 * maxOps // a failed compare reads what it compared
 	e.ZapLoggerBuilder = embed.NewZapLoggerBuilder(zapTo(log))
@@ -179,23 +257,4 @@ func (s *Store) shutDown() error {
 		err = nil
 	}
 	return errors.Join(err, s.lock.Close())
-}
-
-// watchQuota warns while the database nears the size at which etcd refuses
-// writes.
-func (s *Store) watchQuota(ctx context.Context) {
-	tick := time.NewTicker(time.Minute)
-	defer tick.Stop()
-	for warned := false; ; {
-		used := float64(s.etcd.Server.Backend().SizeInUse()) / quota
-		if used > quotaWarning && !warned {
-			s.log.Warn("store is nearly full", "used_percent", int(used*100), "quota_bytes", int64(quota))
-		}
-		warned = used > quotaWarning
-		select {
-		case <-tick.C:
-		case <-ctx.Done():
-			return
-		}
-	}
 }
