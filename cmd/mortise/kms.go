@@ -9,6 +9,7 @@ import (
 	"text/tabwriter"
 	"time"
 
+	"github.com/coreos/go-systemd/v22/daemon"
 	"github.com/spf13/cobra"
 	"golang.org/x/sync/errgroup"
 
@@ -135,6 +136,9 @@ func serveKMS(ctx context.Context, cfg kmsConfig, isDev bool) error {
 		return err
 	}
 	log.Info("kms is ready", "kmip", l.Addr().String(), "thumbprint", pki.Thumbprint(creds.Leaf()), "admin_socket", cfg.AdminSocket)
+	if _, err := daemon.SdNotify(false, daemon.SdNotifyReady); err != nil {
+		log.Warn("systemd could not be told that the server is ready", "error", err)
+	}
 	g, ctx := errgroup.WithContext(ctx)
 	g.Go(func() error { return k.ServeAdmin(ctx, admin) })
 	g.Go(func() error { return kmipd.Serve(ctx, l, k, kmipd.Options{Credentials: creds, Logger: log}) })
