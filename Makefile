@@ -1,13 +1,14 @@
 # make demo    the main job on this machine: an encrypted VM, start to end (KEEP=1 leaves it running)
 # make test    installs what is missing and runs every check and test
 # make bench   speed of ourselves, the peer and the limit, in one run (BENCH=xts|nbd|kms)
+# make conformance   the OASIS test cases against a key server (V=1 shows differences, WRITE=1 updates the list)
 # make build   bin/mortise, one static binary
 
 GO     ?= go
 BENCH  ?= all
 export CGO_ENABLED = 0
 
-.PHONY: all build demo test check generate bench install-run install-test clean
+.PHONY: all build demo test check generate bench conformance install-run install-test clean
 
 all: build
 
@@ -29,6 +30,10 @@ generate:
 
 bench: install-test build
 	@cd test/bench && $(GO) run . $(BENCH)
+
+conformance: build
+	@$(GO) build -trimpath -o bin/conformance ./test/conformance
+	@bin/conformance -mortise bin/mortise $(if $(V),-v) $(if $(WRITE),-write) $(if $(RUN),-run $(RUN))
 
 install-run:
 	@build/packages.sh run

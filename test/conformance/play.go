@@ -1,0 +1,178 @@
+package main
+
+import (
+	"encoding/binary"
+	"encoding/hex"
+	"errors"
+	"fmt"
+	"regexp"
+	"strconv"
+	"strings"
+	"time"
+
+	"github.com/ovh/kmip-go"
+	"github.com/ovh/kmip-go/ttlv"
+)
+
+// A wire sends the bytes of a request and returns those of its response.
+type wire interface {
+	send(request []byte) (response []byte, err error)
+}
+
+// play is a case under way: what the variables of its text stand for by now.
+type play struct {
+	wire wire
+	now  time.Time // what $NOW is, from the first message to the last
+
+	// A case names by variables what the server will say: $UNIQUE_IDENTIFIER_0
+	// is bound where it first stands in a response. Where a case has literal
+	// bytes for what is random, such as a ciphertext under a made key, the
+	// actual ones are sent from then on in their place.
+	bound   map[string][]byte
+	instead map[string][]byte // by the literal, in hexadecimal
+
+	made     map[string]bool   // ids of objects that the server made the bytes of
+	material map[string][]byte // key bytes by id, as first told
+	dates    map[string]int64  // literal dates sent, and what they were sent as
+	recorded time.Time         // when the exchange was recorded; zero when the case is written with $NOW
+
+	faults []string // how the current response differs
+}
+
+// newPlay begins a case; before is the one whose objects it uses, nil for none.
+func newPlay(w wire, now time.Time, before *play) *play {
+	p := &play{wire: w, now: now, bound: map[string][]byte{}, dates: map[string]int64{}}
+	if before != nil {
+		p.instead, p.made, p.material = before.instead, before.made, before.material
+	} else {
+		p.instead, p.made, p.material = map[string][]byte{}, map[string]bool{}, map[string][]byte{}
+	}
+	return p
+}
+
+// run plays the exchanges to the first response that differs, which it tells.
+func (p *play) run(c *testCase) error {
+	for i, x := range c.exchanges {
+		if err := p.exchange(x); err != nil {
+			return fmt.Errorf("exchange %d of %d (%s): %w", i+1, len(c.exchanges), operations(x.request), err)
+		}
+	}
+	return nil
+}
+
+func operations(message *node) string {
+	var names []string
+	for _, it := range message.all(kmip.TagBatchItem) {
+		if o := it.kid(kmip.TagOperation); o != nil {
+			names = append(names, o.text)
+		}
+	}
+	return strings.Join(names, ", ")
+}
+
+func (p *play) exchange(x exchange) error {
+	p.recorded = time.Time{}
+	if stamp := x.response.kid(kmip.TagResponseHeader).kid(kmip.TagTimeStamp); stamp != nil {
+		if t, err := time.Parse(time.RFC3339, stamp.text); err == nil {
+			p.recorded = t
+		}
+	}
+	request, err := p.resolve(nil, x.request)
+	if err != nil {
+		return fmt.Errorf("the request cannot be made: %w", err)
+	}
+	raw, err := p.wire.send(encode(request))
+	if err != nil {
+		return err
+	}
+	response, err := decode(raw)
+	if err != nil {
+		return fmt.Errorf("the response is no TTLV: %w", err)
+	}
+	p.faults = nil
+	p.message(x, request, response)
+	if len(p.faults) > 0 {
+		return errors.New(strings.Join(p.faults, "\n"))
+	}
+	return nil
+}
+
+// resolve makes of a case's request one that can be encoded.
+func (p *play) resolve(parent, n *node) (*node, error) {
+	out := &node{tag: n.tag, typ: n.typ, text: n.text}
+	if n.typ != ttlv.TypeStructure {
+		v, err := p.sent(parent, n)
+		if err != nil {
+			return nil, fmt.Errorf("%s: %w", ttlv.TagString(n.tag), err)
+		}
+		out.value = v
+		return out, nil
+	}
+	for _, k := range n.kids {
+		r, err := p.resolve(n, k)
+		if err != nil {
+			return nil, err
+		}
+		out.kids = append(out.kids, r)
+	}
+	return out, nil
+}
+
+func (p *play) sent(parent, n *node) ([]byte, error) {
+	if t, ok := p.relative(n.text); ok {
+		return unix(t), nil
+	}
+	if strings.HasPrefix(n.text, "$") {
+		v, ok := p.bound[n.text]
+		if !ok {
+			return nil, fmt.Errorf("nothing has told %s yet", n.text)
+		}
+		return v, nil
+	}
+	v, err := valueOf(n.typ, enumTag(parent, n), n.text)
+	switch {
+	case err != nil:
+		return nil, err
+	case n.typ == ttlv.TypeByteString && p.instead[hex.EncodeToString(v)] != nil:
+		return p.instead[hex.EncodeToString(v)], nil
+	case isIdentifier(parent, n) && p.bound[n.text] != nil:
+		return p.bound[n.text], nil
+	case n.typ == ttlv.TypeDateTime && !p.recorded.IsZero():
+		at, ok := p.dates[n.text]
+		if !ok {
+			at = int64(binary.BigEndian.Uint64(v)) + p.shift()
+			p.dates[n.text] = at
+		}
+		return unix(at), nil
+	}
+	return v, nil
+}
+
+// shift carries dates from the time of the recording to now, in seconds.
+func (p *play) shift() int64 { return p.now.Unix() - p.recorded.Unix() }
+
+var nowText = regexp.MustCompile(`^\$NOW([+-]\d+)?$`)
+
+// relative reads $NOW, $NOW-3600 and their like.
+func (p *play) relative(text string) (int64, bool) {
+	m := nowText.FindStringSubmatch(text)
+	if m == nil {
+		return 0, false
+	}
+	offset, _ := strconv.ParseInt(m[1], 10, 64)
+	return p.now.Unix() + offset, true
+}
+
+func unix(t int64) []byte { return binary.BigEndian.AppendUint64(nil, uint64(t)) }
+
+// isIdentifier tells of fields and attributes that name an object by an id of
+// the server's.
+func isIdentifier(parent, n *node) bool {
+	switch n.tag {
+	case kmip.TagUniqueIdentifier, kmip.TagLinkedObjectIdentifier:
+		return true
+	case kmip.TagAttributeValue:
+		return attributeName(parent) == "Unique Identifier"
+	}
+	return false
+}
