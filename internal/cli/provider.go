@@ -31,7 +31,7 @@ default.`,
   mortise provider trust kms1
   mortise provider default kms1
   mortise provider status`,
-		providerAdd(g), providerTrust(g), providerLs(g), providerDefault(g), providerStatus(g), providerRm(g))
+		providerAdd(g), providerTrust(g), providerLs(g), providerDefault(g), providerStatus(g), providerCertify(g), providerRm(g))
 }
 
 func (c *client) kmip() (*crypto.ManagerKmip, error) {

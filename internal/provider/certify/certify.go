@@ -169,7 +169,7 @@ func (r *run) send(ctx context.Context, l *kmipc.Link, v kmip.ProtocolVersion, o
 	if err != nil {
 		return nil, err
 	}
-	if resp.Header.ProtocolVersion != v {
+	if resp.Header.ProtocolVersion != v && (len(resp.BatchItem) == 0 || resp.BatchItem[0].ResultStatus == kmip.ResultStatusSuccess) {
 		return resp.BatchItem, &oddError{fmt.Sprintf("the answer to a message of KMIP %s is of KMIP %s", versionName(v), versionName(resp.Header.ProtocolVersion))}
 	}
 	if len(resp.BatchItem) != len(ops) {

@@ -40,6 +40,10 @@ func (r *run) connection(ctx context.Context) bool {
 	r.report.Thumbprint, r.report.Subject, r.report.NotAfter = thumbprint(leaf), leaf.Subject.String(), leaf.NotAfter.UTC()
 	r.step(connecting, "TLS 1.2", func(s *Step) {
 		l, err := r.dial(ctx, tls.VersionTLS12)
+		if errors.Is(err, kmipc.ErrRefused) {
+			s.works("is spoken; the client certificate is refused")
+			return
+		}
 		if err != nil {
 			s.deviates("vCenter 6.5 to 7.0 speak TLS 1.2 only and do not connect; vCenter 8 does", "allow TLS 1.2 at the server", "%s", describe(err))
 			return
