@@ -1,0 +1,5 @@
+//go:build !race
+
+package kmipd
+
+const raceDetector = false
