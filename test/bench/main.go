@@ -30,6 +30,7 @@ func main() {
 	groups := []group{
 		{"xts", benchXTS},
 		{"nbd", benchNBD},
+		{"convert", benchConvert},
 		{"kms", benchKMS},
 	}
 	if err := run(ctx, groups, os.Args[1:]); err != nil {
