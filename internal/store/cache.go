@@ -5,57 +5,105 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"iter"
+	"math"
+	"slices"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"time"
 
 	"go.etcd.io/etcd/api/v3/mvccpb"
 	"go.etcd.io/etcd/api/v3/v3rpc/rpctypes"
 	clientv3 "go.etcd.io/etcd/client/v3"
 	etcderrors "go.etcd.io/etcd/server/v3/etcdserver/errors"
+	"go.etcd.io/etcd/server/v3/storage/mvcc"
 )
 
 // loadPage is how many records one read of a load brings.
-const loadPage = 10_000
+const loadPage = 4096
+
+// maxBatch is how many events are applied in one go, at least.
+const maxBatch = 512
 
 // cache is what all collections share: how far they have come, and who waits.
 type cache struct {
-	mu       sync.RWMutex // guards what follows and every collection's rows
+	mu       sync.RWMutex // guards every collection's rows and the watchers
 	tables   map[string]table
-	revision int64         // all events up to here are in the tables
-	moved    chan struct{} // closed and replaced when revision moves
 	watchers map[*Watcher]struct{}
-	closed   bool
 
-	loading sync.Mutex // held while a table is loaded, so that events wait
+	loading sync.Mutex // held while tables come, go and are prepared for events
+
+	revision atomic.Int64 // all events up to here are in the tables
+	closed   atomic.Bool
+	waitMu   sync.Mutex
+	waiting  []waiter // for a revision that is not here yet
+}
+
+type waiter struct {
+	need int64
+	here chan struct{}
 }
 
 func (c *cache) init(revision int64) {
 	c.tables = map[string]table{}
 	c.watchers = map[*Watcher]struct{}{}
-	c.revision = revision
-	c.moved = make(chan struct{})
+	c.revision.Store(revision)
 }
 
 func (c *cache) close() {
+	c.closed.Store(true)
+	c.wake(math.MaxInt64)
 	c.mu.Lock()
 	defer c.mu.Unlock()
-	c.closed = true
-	close(c.moved)
 	for w := range c.watchers {
 		w.wake()
 	}
 }
 
-// reach records that the tables are at revision and wakes those who wait. The
-// lock is held.
+// reach records that the tables are at revision and wakes those who wait for
+// it. It is called with mu held, so that who finds the revision finds the rows.
 func (c *cache) reach(revision int64) {
-	if c.closed {
-		return
+	c.revision.Store(revision)
+	c.wake(revision)
+}
+
+func (c *cache) wake(revision int64) {
+	c.waitMu.Lock()
+	defer c.waitMu.Unlock()
+	c.waiting = slices.DeleteFunc(c.waiting, func(w waiter) bool {
+		if w.need > revision {
+			return false
+		}
+		close(w.here)
+		return true
+	})
+}
+
+// await returns when the tables are at revision need.
+func (c *cache) await(ctx context.Context, need int64) error {
+	for c.revision.Load() < need && !c.closed.Load() {
+		w := waiter{need, make(chan struct{})}
+		c.waitMu.Lock()
+		if c.revision.Load() >= need || c.closed.Load() { // it came before it was waited for
+			c.waitMu.Unlock()
+			continue
+		}
+		c.waiting = append(c.waiting, w)
+		c.waitMu.Unlock()
+		select {
+		case <-w.here:
+		case <-ctx.Done():
+			c.waitMu.Lock()
+			defer c.waitMu.Unlock()
+			c.waiting = slices.DeleteFunc(c.waiting, func(o waiter) bool { return o.here == w.here })
+			return fmt.Errorf("%w: %w", ErrUnavailable, ctx.Err())
+		}
 	}
-	c.revision = revision
-	close(c.moved)
-	c.moved = make(chan struct{})
+	if c.closed.Load() {
+		return fmt.Errorf("%w: it is closed", ErrUnavailable)
+	}
+	return nil
 }
 
 // sync returns when the cache holds everything that was committed when sync was
@@ -66,23 +114,7 @@ func (s *Store) sync(ctx context.Context) error {
 		return err
 	}
 	// Every revision has an event, so the watch will reach this one.
-	need := s.etcd.Server.KV().Rev()
-	for {
-		s.cache.mu.RLock()
-		at, moved, closed := s.cache.revision, s.cache.moved, s.cache.closed
-		s.cache.mu.RUnlock()
-		if closed {
-			return fmt.Errorf("%w: it is closed", ErrUnavailable)
-		}
-		if at >= need {
-			return nil
-		}
-		select {
-		case <-moved:
-		case <-ctx.Done():
-			return fmt.Errorf("%w: %w", ErrUnavailable, ctx.Err())
-		}
-	}
+	return s.cache.await(ctx, s.etcd.Server.KV().Rev())
 }
 
 // readIndex waits until this member has applied all that was committed when it
@@ -125,39 +157,86 @@ func (s *Store) follow(ctx context.Context) {
 	}
 }
 
+// watchOnce takes events from etcd's key space itself, without the hops of a
+// client's watch: reads wait for them.
 func (s *Store) watchOnce(ctx context.Context) error {
-	ctx, cancel := context.WithCancel(ctx)
-	defer cancel()
-	s.cache.mu.RLock()
-	from := s.cache.revision + 1
-	s.cache.mu.RUnlock()
-	for answer := range s.client.Watch(ctx, "", clientv3.WithPrefix(), clientv3.WithRev(from)) {
-		if err := answer.Err(); err != nil {
-			return err
-		}
-		if len(answer.Events) > 0 {
-			s.apply(answer.Events)
+	stream := s.etcd.Server.Watchable().NewWatchStream()
+	defer stream.Close()
+	id, err := stream.Watch(ctx, clientv3.AutoWatchID, []byte{0}, []byte{}, s.cache.revision.Load()+1)
+	if err != nil {
+		return err
+	}
+	defer stream.Cancel(id)
+	for {
+		select {
+		case answer, ok := <-stream.Chan():
+			events, err := eventsOf(answer, ok)
+			// What has come meanwhile is taken along, in one go.
+			for more := err == nil; more && len(events) < maxBatch; {
+				select {
+				case answer, ok = <-stream.Chan():
+					var next []*mvccpb.Event
+					next, err = eventsOf(answer, ok)
+					events = append(events, next...)
+					more = err == nil
+				default:
+					more = false
+				}
+			}
+			if len(events) > 0 {
+				s.apply(events)
+			}
+			if err != nil {
+				return err
+			}
+		case <-ctx.Done():
+			return ctx.Err()
 		}
 	}
-	return ctx.Err()
+}
+
+func eventsOf(answer mvcc.WatchResponse, ok bool) ([]*mvccpb.Event, error) {
+	switch {
+	case !ok:
+		return nil, errors.New("etcd has ended it")
+	case answer.CompactRevision != 0:
+		return nil, rpctypes.ErrCompacted
+	}
+	return answer.Events, nil
 }
 
 // apply takes the events of one or more whole revisions: etcd does not split a
-// revision over two answers unless asked to.
-func (s *Store) apply(events []*clientv3.Event) {
+// revision over two answers. Decoding is done before readers are locked out.
+func (s *Store) apply(events []*mvccpb.Event) {
 	s.cache.loading.Lock()
 	defer s.cache.loading.Unlock()
-	s.cache.mu.Lock()
-	defer s.cache.mu.Unlock()
+	type step struct {
+		name, key string
+		table     table // nil: nobody keeps it
+		prepared  any   // nil: deleted
+	}
+	at := s.cache.revision.Load()
+	steps := make([]step, 0, len(events))
 	for _, ev := range events {
 		name, key, ok := split(ev.Kv.Key)
 		if !ok {
 			continue
 		}
-		if t := s.cache.tables[name]; t != nil && ev.Kv.ModRevision > s.cache.revision {
-			t.apply(ev)
+		st := step{name: name, key: key}
+		if ev.Kv.ModRevision > at {
+			if st.table = s.cache.tables[name]; st.table != nil && ev.Type == mvccpb.Event_PUT {
+				st.prepared = st.table.prepare(key, ev.Kv)
+			}
 		}
-		s.cache.note(name, key)
+		steps = append(steps, st)
+	}
+	s.cache.mu.Lock()
+	defer s.cache.mu.Unlock()
+	for _, st := range steps {
+		if st.table != nil {
+			st.table.install(st.key, st.prepared)
+		}
+		s.cache.note(st.name, st.key)
 	}
 	s.cache.reach(events[len(events)-1].Kv.ModRevision)
 }
@@ -180,17 +259,13 @@ func (s *Store) load(ctx context.Context, name string, t table) error {
 	}
 	s.cache.loading.Lock()
 	defer s.cache.loading.Unlock()
-	s.cache.mu.RLock()
-	at, taken := s.cache.revision, s.cache.tables[name] != nil
-	s.cache.mu.RUnlock()
-	if taken {
+	if s.cache.tables[name] != nil {
 		return errors.New("it is open already")
 	}
-	kvs, err := s.readAll(ctx, "/"+name+"/", at)
+	replace, err := t.stage(s.pages(ctx, "/"+name+"/", s.cache.revision.Load()))
 	if err != nil {
 		return err
 	}
-	replace := t.stage(kvs)
 	s.cache.mu.Lock()
 	defer s.cache.mu.Unlock()
 	replace()
@@ -205,11 +280,10 @@ func (s *Store) rebuild(ctx context.Context) error {
 	at := s.etcd.Server.KV().Rev()
 	replace := map[string]func() []string{}
 	for name, t := range s.cache.tables { // written only under loading
-		kvs, err := s.readAll(ctx, "/"+name+"/", at)
-		if err != nil {
+		var err error
+		if replace[name], err = t.stage(s.pages(ctx, "/"+name+"/", at)); err != nil {
 			return fmt.Errorf("rebuilding collection %s: %w", name, err)
 		}
-		replace[name] = t.stage(kvs)
 	}
 	s.cache.mu.Lock()
 	defer s.cache.mu.Unlock()
@@ -222,20 +296,24 @@ func (s *Store) rebuild(ctx context.Context) error {
 	return nil
 }
 
-// readAll reads the records under prefix as of revision.
-func (s *Store) readAll(ctx context.Context, prefix string, revision int64) ([]*mvccpb.KeyValue, error) {
-	var all []*mvccpb.KeyValue
-	end := clientv3.GetPrefixRangeEnd(prefix)
-	for from := prefix; ; {
-		answer, err := s.client.Get(ctx, from, clientv3.WithRange(end), clientv3.WithRev(revision),
-			clientv3.WithLimit(loadPage), clientv3.WithSerializable())
-		if err != nil {
-			return nil, fromEtcd(err)
+// pages reads the records under prefix as of revision, page by page.
+func (s *Store) pages(ctx context.Context, prefix string, revision int64) iter.Seq2[[]*mvccpb.KeyValue, error] {
+	return func(yield func([]*mvccpb.KeyValue, error) bool) {
+		end := []byte(clientv3.GetPrefixRangeEnd(prefix))
+		for from := []byte(prefix); ; {
+			r, err := s.etcd.Server.KV().Range(ctx, from, end, mvcc.RangeOptions{Rev: revision, Limit: loadPage + 1})
+			if errors.Is(err, mvcc.ErrCompacted) {
+				err = rpctypes.ErrCompacted
+			}
+			if err != nil {
+				yield(nil, err)
+				return
+			}
+			page := r.KVs[:min(len(r.KVs), loadPage)]
+			if !yield(page, nil) || len(r.KVs) <= loadPage {
+				return
+			}
+			from = r.KVs[loadPage].Key
 		}
-		all = append(all, answer.Kvs...)
-		if !answer.More {
-			return all, nil
-		}
-		from = string(all[len(all)-1].Key) + "\x00"
 	}
 }

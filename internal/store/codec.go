@@ -9,8 +9,9 @@ import (
 )
 
 // A Codec turns values into the bytes of a record and back. at names the record
-// ("/collection/key"); sealed records bind themselves to it. Decode must not
-// keep stored, and must answer any bytes with a value or an error.
+// ("/collection/key"); sealed records bind themselves to it. Decode may
+// keep stored, which nobody changes, and must answer any bytes with a value or an
+// error.
 type Codec[T any] interface {
 	Encode(at string, v T) ([]byte, error)
 	Decode(at string, stored []byte) (T, error)

@@ -8,8 +8,7 @@ import (
 	"slices"
 	"strings"
 
-	"go.etcd.io/etcd/api/v3/mvccpb"
-	clientv3 "go.etcd.io/etcd/client/v3"
+	pb "go.etcd.io/etcd/api/v3/etcdserverpb"
 )
 
 // maxKey is the longest key of a record, in bytes.
@@ -27,26 +26,35 @@ type Entry[T any] struct {
 	Created int64
 }
 
-// A Collection is the records under one name, decoded and cached in memory.
+// A Collection is the records under one name, cached in memory.
 type Collection[T any] struct {
 	s     *Store
 	name  string
 	codec Codec[T]
-	rows  map[string]row[T] // guarded by s.cache.mu
+	lazy  bool               // see DecodeOnRead
+	rows  map[string]*row[T] // guarded by s.cache.mu
+	index *index[T]          // nil without IndexBy; guarded alike
 }
 
-type row[T any] struct {
-	entry Entry[T]
-	err   error // ErrDamaged; entry.Value is then not set
-}
+// An Option says how a collection is kept in memory.
+type Option[T any] func(*Collection[T])
+
+// DecodeOnRead keeps records as they are stored, and decodes them each time they
+// are read: for collections so large that memory counts, and for values that
+// should not lie about in clear. Every record is still decoded once when it
+// comes, so that damage is reported then.
+func DecodeOnRead[T any]() Option[T] { return func(c *Collection[T]) { c.lazy = true } }
 
 // NewCollection loads the collection called name (lower-case letters, digits,
 // hyphens) and keeps it current. A second one of the same name is an error.
-func NewCollection[T any](ctx context.Context, s *Store, name string, codec Codec[T]) (*Collection[T], error) {
+func NewCollection[T any](ctx context.Context, s *Store, name string, codec Codec[T], options ...Option[T]) (*Collection[T], error) {
 	if name == "" || strings.Trim(name, "abcdefghijklmnopqrstuvwxyz0123456789-") != "" {
 		return nil, fmt.Errorf("store: %q is no name for a collection", name)
 	}
-	c := &Collection[T]{s: s, name: name, codec: codec, rows: map[string]row[T]{}}
+	c := &Collection[T]{s: s, name: name, codec: codec, rows: map[string]*row[T]{}}
+	for _, o := range options {
+		o(c)
+	}
 	if err := s.load(ctx, name, c); err != nil {
 		return nil, fmt.Errorf("store: loading collection %s: %w", name, err)
 	}
@@ -63,7 +71,10 @@ func (c *Collection[T]) Close() {
 	if c.s.cache.tables[c.name] == table(c) {
 		delete(c.s.cache.tables, c.name)
 	}
-	c.rows = map[string]row[T]{}
+	c.rows = map[string]*row[T]{}
+	if c.index != nil {
+		c.index.reset()
+	}
 }
 
 func (c *Collection[T]) at(key string) string { return "/" + c.name + "/" + key }
@@ -74,13 +85,17 @@ func (c *Collection[T]) Get(ctx context.Context, key string) (Entry[T], error) {
 	if err := c.s.sync(ctx); err != nil {
 		return Entry[T]{}, fmt.Errorf("store: reading %s: %w", c.at(key), err)
 	}
+	return c.peek(key)
+}
+
+func (c *Collection[T]) peek(key string) (Entry[T], error) {
 	c.s.cache.mu.RLock()
-	r, ok := c.rows[key]
+	r := c.rows[key]
 	c.s.cache.mu.RUnlock()
-	if !ok {
+	if r == nil {
 		return Entry[T]{}, fmt.Errorf("store: %s: %w", c.at(key), ErrNotFound)
 	}
-	return r.entry, r.err
+	return c.entry(r)
 }
 
 // List returns the records whose keys begin with prefix, in key order, all as of
@@ -91,21 +106,25 @@ func (c *Collection[T]) List(ctx context.Context, prefix string) ([]Entry[T], er
 		return nil, fmt.Errorf("store: listing %s: %w", c.at(prefix), err)
 	}
 	var (
-		list    []Entry[T]
+		rows    []*row[T]
 		damaged []error
 	)
 	c.s.cache.mu.RLock()
 	for key, r := range c.rows {
-		switch {
-		case !strings.HasPrefix(key, prefix):
-		case r.err != nil:
-			damaged = append(damaged, r.err)
-		default:
-			list = append(list, r.entry)
+		if strings.HasPrefix(key, prefix) {
+			rows = append(rows, r)
 		}
 	}
 	c.s.cache.mu.RUnlock()
-	slices.SortFunc(list, func(a, b Entry[T]) int { return cmp.Compare(a.Key, b.Key) })
+	slices.SortFunc(rows, func(a, b *row[T]) int { return cmp.Compare(a.key, b.key) })
+	list := make([]Entry[T], 0, len(rows))
+	for _, r := range rows {
+		if e, err := c.entry(r); err != nil {
+			damaged = append(damaged, err)
+		} else {
+			list = append(list, e)
+		}
+	}
 	return list, errors.Join(damaged...)
 }
 
@@ -124,8 +143,8 @@ func (c *Collection[T]) Put(key string, v T) Op { return c.put(key, v, anything,
 // Delete removes the record that was read at revision; revision 0 means
 // whatever is there. ErrNotFound if nothing is.
 func (c *Collection[T]) Delete(key string, revision int64) Op {
-	del := clientv3.OpDelete(c.at(key))
-	o := Op{at: c.at(key), need: mustBeAt, rev: revision, op: &del, err: checkKey(key)}
+	o := Op{at: c.at(key), need: mustBeAt, rev: revision, err: checkKey(key)}
+	o.op = &pb.RequestOp{Request: &pb.RequestOp_RequestDeleteRange{RequestDeleteRange: &pb.DeleteRangeRequest{Key: []byte(o.at)}}}
 	if revision == 0 {
 		o.need = mustExist
 	}
@@ -182,8 +201,7 @@ func (c *Collection[T]) put(key string, v T, need condition, rev int64) Op {
 		o.err = err
 		return o
 	}
-	put := clientv3.OpPut(o.at, string(stored))
-	o.op = &put
+	o.op = &pb.RequestOp{Request: &pb.RequestOp_RequestPut{RequestPut: &pb.PutRequest{Key: []byte(o.at), Value: stored}}}
 	return o
 }
 
@@ -192,58 +210,4 @@ func checkKey(key string) error {
 		return fmt.Errorf("a record's key has 1 to %d bytes and no NUL; %.40q does not fit", maxKey, key)
 	}
 	return nil
-}
-
-// decode makes a row of what etcd holds.
-func (c *Collection[T]) decode(kv *mvccpb.KeyValue) (string, row[T]) {
-	key := string(kv.Key[len(c.name)+2:])
-	r := row[T]{entry: Entry[T]{Key: key, Revision: kv.ModRevision, Created: kv.CreateRevision}}
-	v, err := c.codec.Decode(string(kv.Key), kv.Value)
-	if err != nil {
-		r.err = fmt.Errorf("store: %w: %w", ErrDamaged, err)
-		c.s.log.Error("record is damaged", "collection", c.name, "key", key, "revision", kv.ModRevision, "error", err)
-		return key, r
-	}
-	r.entry.Value = v
-	return key, r
-}
-
-// A table is a collection as the cache sees it. apply and replace are called
-// with the cache's lock held; stage without.
-type table interface {
-	apply(ev *clientv3.Event)
-	// stage decodes a whole new content; replace puts it in place and reports
-	// the keys whose revision differs.
-	stage(kvs []*mvccpb.KeyValue) (replace func() (changed []string))
-}
-
-func (c *Collection[T]) apply(ev *clientv3.Event) {
-	if ev.Type == clientv3.EventTypeDelete {
-		delete(c.rows, string(ev.Kv.Key[len(c.name)+2:]))
-		return
-	}
-	key, r := c.decode(ev.Kv)
-	c.rows[key] = r
-}
-
-func (c *Collection[T]) stage(kvs []*mvccpb.KeyValue) func() []string {
-	rows := make(map[string]row[T], len(kvs))
-	for _, kv := range kvs {
-		key, r := c.decode(kv)
-		rows[key] = r
-	}
-	return func() (changed []string) {
-		for key, r := range rows {
-			if old, ok := c.rows[key]; !ok || old.entry.Revision != r.entry.Revision {
-				changed = append(changed, key)
-			}
-		}
-		for key := range c.rows {
-			if _, ok := rows[key]; !ok {
-				changed = append(changed, key)
-			}
-		}
-		c.rows = rows
-		return changed
-	}
 }

@@ -4,9 +4,11 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"slices"
 
+	pb "go.etcd.io/etcd/api/v3/etcdserverpb"
 	"go.etcd.io/etcd/api/v3/v3rpc/rpctypes"
-	clientv3 "go.etcd.io/etcd/client/v3"
+	"go.etcd.io/etcd/server/v3/storage/mvcc"
 )
 
 // What callers decide on; always wrapped with the record's name.
@@ -30,9 +32,9 @@ var (
 type Op struct {
 	at   string // "/collection/key"
 	need condition
-	rev  int64 // for mustBeAt
-	op   *clientv3.Op
-	err  error // from encoding; reported by Commit
+	rev  int64         // for mustBeAt
+	op   *pb.RequestOp // nil: nothing is written
+	err  error         // from encoding; reported by Commit
 }
 
 type condition int
@@ -52,34 +54,29 @@ func (s *Store) Commit(ctx context.Context, ops ...Op) (int64, error) {
 	if len(ops) == 0 || len(ops) > maxOps {
 		return 0, fmt.Errorf("store: a transaction has 1 to %d operations, not %d", maxOps, len(ops))
 	}
-	var (
-		compares     []clientv3.Cmp
-		writes, asks []clientv3.Op
-		checked      []Op
-		seen         = make(map[string]bool, len(ops))
-	)
-	for _, o := range ops {
+	var seen map[string]bool
+	if len(ops) > few {
+		seen = make(map[string]bool, len(ops))
+	}
+	r := &pb.TxnRequest{Compare: make([]*pb.Compare, 0, len(ops)), Success: make([]*pb.RequestOp, 0, len(ops))}
+	for i, o := range ops {
 		if o.err != nil {
 			return 0, fmt.Errorf("store: %w", o.err)
 		}
-		if seen[o.at] {
+		if twice(ops[:i], o.at, seen) {
 			return 0, fmt.Errorf("store: two operations on %s in one transaction", o.at)
 		}
-		seen[o.at] = true
+		key := []byte(o.at)
 		switch o.need {
 		case mustNotExist:
-			compares = append(compares, clientv3.Compare(clientv3.CreateRevision(o.at), "=", 0))
+			r.Compare = append(r.Compare, &pb.Compare{Key: key, Target: pb.Compare_CREATE, Result: pb.Compare_EQUAL, TargetUnion: &pb.Compare_CreateRevision{}})
 		case mustExist:
-			compares = append(compares, clientv3.Compare(clientv3.CreateRevision(o.at), ">", 0))
+			r.Compare = append(r.Compare, &pb.Compare{Key: key, Target: pb.Compare_CREATE, Result: pb.Compare_GREATER, TargetUnion: &pb.Compare_CreateRevision{}})
 		case mustBeAt:
-			compares = append(compares, clientv3.Compare(clientv3.ModRevision(o.at), "=", o.rev))
-		}
-		if o.need != anything {
-			checked = append(checked, o)
-			asks = append(asks, clientv3.OpGet(o.at, clientv3.WithKeysOnly()))
+			r.Compare = append(r.Compare, &pb.Compare{Key: key, Target: pb.Compare_MOD, Result: pb.Compare_EQUAL, TargetUnion: &pb.Compare_ModRevision{ModRevision: o.rev}})
 		}
 		if o.op != nil {
-			writes = append(writes, *o.op)
+			r.Success = append(r.Success, o.op)
 		}
 	}
 	ctx, done, err := s.led(ctx)
@@ -87,28 +84,53 @@ func (s *Store) Commit(ctx context.Context, ops ...Op) (int64, error) {
 		return 0, fmt.Errorf("store: writing %s: %w", ops[0].at, err)
 	}
 	defer done()
-	answer, err := s.client.Txn(ctx).If(compares...).Then(writes...).Else(asks...).Commit()
+	answer, err := s.kv.Txn(ctx, r)
 	if err != nil {
 		if cause := context.Cause(ctx); cause != nil {
 			err = fmt.Errorf("%w: %w", ErrUnavailable, cause)
 		}
-		return 0, fmt.Errorf("store: writing %s: %w", ops[0].at, fromEtcd(err))
+		return 0, fmt.Errorf("store: writing %s: %w", ops[0].at, fromEtcd(rpctypes.Error(err)))
 	}
-	if answer.Succeeded {
-		return answer.Header.Revision, nil
+	if !answer.Succeeded {
+		return 0, s.whyNot(ctx, ops, answer.Header.Revision)
 	}
-	for i, o := range checked {
-		kvs := answer.Responses[i].GetResponseRange().Kvs
+	return answer.Header.Revision, nil
+}
+
+// few operations are compared with each other; more go through a map.
+const few = 16
+
+func twice(before []Op, at string, seen map[string]bool) bool {
+	if seen == nil {
+		return slices.ContainsFunc(before, func(o Op) bool { return o.at == at })
+	}
+	is := seen[at]
+	seen[at] = true
+	return is
+}
+
+// whyNot finds the condition that did not hold in a transaction that was refused
+// at revision, which this member has reached: it gave the answer.
+func (s *Store) whyNot(ctx context.Context, ops []Op, revision int64) error {
+	for _, o := range ops {
+		if o.need == anything {
+			continue
+		}
+		r, err := s.etcd.Server.KV().Range(ctx, []byte(o.at), nil, mvcc.RangeOptions{Rev: revision})
+		if err != nil {
+			return fmt.Errorf("store: %s: %w: its transaction was refused: %w", o.at, ErrConflict, err)
+		}
+		there := len(r.KVs) > 0
 		switch {
-		case o.need == mustNotExist && len(kvs) > 0:
-			return 0, fmt.Errorf("store: %s: %w", o.at, ErrExists)
-		case o.need != mustNotExist && len(kvs) == 0:
-			return 0, fmt.Errorf("store: %s: %w", o.at, ErrNotFound)
-		case o.need == mustBeAt && kvs[0].ModRevision != o.rev:
-			return 0, fmt.Errorf("store: %s: %w", o.at, ErrConflict)
+		case o.need == mustNotExist && there:
+			return fmt.Errorf("store: %s: %w", o.at, ErrExists)
+		case o.need != mustNotExist && !there:
+			return fmt.Errorf("store: %s: %w", o.at, ErrNotFound)
+		case o.need == mustBeAt && r.KVs[0].ModRevision != o.rev:
+			return fmt.Errorf("store: %s: %w", o.at, ErrConflict)
 		}
 	}
-	return 0, fmt.Errorf("store: %s: %w", ops[0].at, ErrConflict) // not reached: some compare failed
+	return fmt.Errorf("store: %s: %w", ops[0].at, ErrConflict) // not reached: some compare failed
 }
 
 // fromEtcd types the errors that callers decide on.

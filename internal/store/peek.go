@@ -18,8 +18,6 @@ func (s *Store) Sync(ctx context.Context) error {
 // whether that is the newest: for who follows a [Watcher], or has called Sync.
 // ok is false when there is none or when it is damaged.
 func (c *Collection[T]) Peek(key string) (e Entry[T], ok bool) {
-	c.s.cache.mu.RLock()
-	defer c.s.cache.mu.RUnlock()
-	r, ok := c.rows[key]
-	return r.entry, ok && r.err == nil
+	e, err := c.peek(key)
+	return e, err == nil
 }

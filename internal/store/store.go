@@ -29,10 +29,12 @@ import (
 	"time"
 
 	"go.etcd.io/bbolt"
+	pb "go.etcd.io/etcd/api/v3/etcdserverpb"
 	"go.etcd.io/etcd/client/pkg/v3/transport"
 	clientv3 "go.etcd.io/etcd/client/v3"
 	"go.etcd.io/etcd/server/v3/embed"
 	"go.etcd.io/etcd/server/v3/etcdserver/api/v3client"
+	"go.etcd.io/etcd/server/v3/etcdserver/api/v3rpc"
 )
 
 const (
@@ -79,6 +81,7 @@ type Store struct {
 	lock   *os.File
 	etcd   *embed.Etcd
 	client *clientv3.Client
+	kv     pb.KVServer // etcd's, with its check of the quota, without a client between
 	cache  cache
 	reign  reign
 
@@ -137,6 +140,7 @@ func (s *Store) start(ctx context.Context, cfg Config) error {
 		return fmt.Errorf("store: waiting for etcd in %s: %w", cfg.Dir, err)
 	}
 	s.client = v3client.New(s.etcd.Server)
+	s.kv = v3rpc.NewQuotaKVServer(s.etcd.Server)
 	s.closing, s.stop = context.WithCancel(context.Background())
 	s.closed = sync.OnceValue(s.shutDown)
 	s.initReign()

@@ -157,9 +157,9 @@ func TestTransaction(t *testing.T) {
 	}()
 	for {
 		s.cache.mu.RLock()
-		x, y := vms.rows["a"].entry, tasks.rows["a"].entry
+		x, y := vms.rows["a"], tasks.rows["a"]
 		s.cache.mu.RUnlock()
-		if x.Revision != y.Revision || x.Value.Rev != y.Value.Rev {
+		if x.revision != y.revision || x.value.Rev != y.value.Rev {
 			t.Fatalf("half a revision was visible: %+v, %+v", x, y)
 		}
 		select {

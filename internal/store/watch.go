@@ -37,7 +37,7 @@ func (s *Store) Watch(collections ...string) *Watcher {
 func (w *Watcher) Next(ctx context.Context) ([]Change, error) {
 	for {
 		w.s.cache.mu.Lock()
-		list, closed := w.order, w.s.cache.closed
+		list, closed := w.order, w.s.cache.closed.Load()
 		w.order, w.changed = nil, map[Change]struct{}{}
 		w.s.cache.mu.Unlock()
 		if len(list) > 0 {
