@@ -66,8 +66,9 @@ type Config struct {
 	// are lost and never come back. What only they had is lost.
 	Single bool
 
-	tendEvery  time.Duration // tests look more often
-	defragSize int64         // and at smaller files
+	snapshotEvery uint64        // raft entries; a restore cuts its log at once
+	tendEvery     time.Duration // tests look more often
+	defragSize    int64         // and at smaller files
 }
 
 // A Store is an open state folder. Its methods, and those of its collections,
@@ -241,6 +242,9 @@ func etcdConfig(cfg Config, id identity, log *slog.Logger) *embed.Config {
 	e.AutoCompactionMode = embed.CompactorModePeriodic
 	e.AutoCompactionRetention = history
 	e.QuotaBackendBytes = cfg.Quota
+	if cfg.snapshotEvery > 0 {
+		e.SnapshotCount, e.SnapshotCatchUpEntries = cfg.snapshotEvery, 1
+	}
 	e.MaxRequestBytes = maxRecord
 	e.MaxTxnOps = 2 * maxOps // a failed compare reads what it compared
 	e.ZapLoggerBuilder = embed.NewZapLoggerBuilder(zapTo(log))
