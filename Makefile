@@ -2,7 +2,8 @@
 # make test    installs what is missing and runs every check and test
 # make bench   speed of ourselves, the peer and the limit, in one run (BENCH=xts|nbd|convert|kms)
 # make conformance   the OASIS test cases against a key server (V=1 shows differences, WRITE=1 updates the list)
-# make build   bin/mortise, one static binary
+# make build   bin/mortise, one static binary; and bin/mortise-pkcs11, for hardware tokens,
+#              where there is a C compiler
 
 GO     ?= go
 BENCH  ?= all
@@ -14,6 +15,7 @@ all: build
 
 build:
 	$(GO) build -trimpath -o bin/mortise ./cmd/mortise
+	@if command -v $${CC:-cc} >/dev/null; then CGO_ENABLED=1 $(GO) build -trimpath -o bin/mortise-pkcs11 ./cmd/mortise-pkcs11; fi
 
 demo: install-run build
 	@test/demo/run.sh

@@ -6,6 +6,7 @@ cd "$(dirname "$0")/.."
 unformatted=$(git ls-files '*.go' | xargs -r gofmt -l)
 [[ -z $unformatted ]] || { echo "Not gofmt-ed: $unformatted" >&2; exit 1; }
 go vet ./...
+CGO_ENABLED=1 go vet ./cmd/mortise-pkcs11
 GOARCH=arm64 go vet ./internal/xts ./internal/secret
 
 # Versions are pinned: a new release must not turn the build red by itself.
