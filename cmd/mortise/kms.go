@@ -6,14 +6,14 @@ import (
 	"net"
 	"os"
 	"path/filepath"
-	"text/tabwriter"
-	"time"
 
 	"github.com/coreos/go-systemd/v22/daemon"
 	"github.com/spf13/cobra"
 	"golang.org/x/sync/errgroup"
 
+	"mortise/internal/cli/kmscli"
 	"mortise/internal/kms"
+	"mortise/internal/kms/admin"
 	"mortise/internal/kms/kmipd"
 	"mortise/internal/pki"
 	"mortise/internal/secret"
@@ -25,13 +25,12 @@ type kmsConfig struct {
 	StateDir       string `toml:"state_dir"`
 	Listen         string `toml:"listen"`
 	AdminSocket    string `toml:"admin_socket"`
+	AdminListen    string `toml:"admin_listen"`
 	PassphraseFile string `toml:"passphrase_file"`
 	TLSCert        string `toml:"tls_cert"`
 	TLSKey         string `toml:"tls_key"`
 	logFlags
 }
-
-const defaultKMSSocket = "/run/mortise/kms.sock"
 
 func kmsCommand() *cobra.Command {
 	cmd := &cobra.Command{
@@ -45,7 +44,8 @@ file that only the passphrase opens.
   kms# mortise kms serve --passphrase-file /etc/mortise/kms.passphrase
   kms# mortise kms client add center.pem      let a client certificate in`,
 	}
-	cmd.AddCommand(kmsServe(), kmsClient())
+	cmd.AddCommand(kmsServe())
+	kmscli.Add(cmd)
 	return cmd
 }
 
@@ -80,7 +80,8 @@ clients trust it by its thumbprint, which the log tells.`,
 	f.StringVar(&config, "config", "", "configuration file (TOML)")
 	f.StringVar(&cfg.StateDir, "state-dir", "/var/lib/mortise/kms", "folder for keys and settings")
 	f.StringVar(&cfg.Listen, "listen", fmt.Sprintf(":%d", kmipd.Port), "address for KMIP over TLS")
-	f.StringVar(&cfg.AdminSocket, "admin-socket", defaultKMSSocket, "unix socket for the administrator, root only")
+	f.StringVar(&cfg.AdminSocket, "admin-socket", kmscli.DefaultSocket, "unix socket for the administrator, root only")
+	f.StringVar(&cfg.AdminListen, "admin-listen", fmt.Sprintf(":%d", admin.Port), "address of the administration API over HTTPS; \"\" for none")
 	f.StringVar(&cfg.PassphraseFile, "passphrase-file", "", "file with the passphrase of the root key, mode 0600")
 	f.StringVar(&cfg.TLSCert, "tls-cert", "", "certificate of one's own, PEM (default: a self-signed one)")
 	f.StringVar(&cfg.TLSKey, "tls-key", "", "its key, PEM, mode 0600")
@@ -126,21 +127,31 @@ func serveKMS(ctx context.Context, cfg kmsConfig, isDev bool) error {
 	if err := os.MkdirAll(filepath.Dir(cfg.AdminSocket), 0o755); err != nil {
 		return err
 	}
-	admin, err := kms.ListenAdmin(cfg.AdminSocket)
+	socket, err := admin.Listen(cfg.AdminSocket)
 	if err != nil {
 		return err
 	}
 	defer os.Remove(cfg.AdminSocket)
+	api := admin.New(admin.Options{KMS: k, Logger: log, Version: version})
+	var https net.Listener
+	if cfg.AdminListen != "" {
+		if https, err = net.Listen("tcp", cfg.AdminListen); err != nil {
+			return fmt.Errorf("--admin-listen: %w", err)
+		}
+	}
 	l, err := net.Listen("tcp", cfg.Listen)
 	if err != nil {
-		return err
+		return fmt.Errorf("--listen: %w", err)
 	}
-	log.Info("kms is ready", "kmip", l.Addr().String(), "thumbprint", pki.Thumbprint(creds.Leaf()), "admin_socket", cfg.AdminSocket)
+	log.Info("kms is ready", "kmip", l.Addr().String(), "admin", cfg.AdminListen, "thumbprint", pki.Thumbprint(creds.Leaf()), "admin_socket", cfg.AdminSocket)
 	if _, err := daemon.SdNotify(false, daemon.SdNotifyReady); err != nil {
 		log.Warn("systemd could not be told that the server is ready", "error", err)
 	}
 	g, ctx := errgroup.WithContext(ctx)
-	g.Go(func() error { return k.ServeAdmin(ctx, admin) })
+	g.Go(func() error { return api.ServeSocket(ctx, socket) })
+	if https != nil {
+		g.Go(func() error { return api.ServeHTTPS(ctx, https, creds) })
+	}
 	g.Go(func() error { return kmipd.Serve(ctx, l, k, kmipd.Options{Credentials: creds, Logger: log}) })
 	return g.Wait()
 }
@@ -150,66 +161,4 @@ func kmsCredentials(cfg kmsConfig) (*pki.Credentials, error) {
 		return pki.LoadCredentials(cfg.TLSCert, cfg.TLSKey)
 	}
 	return endpoint(cfg.StateDir, "kmip", cfg.Listen)
-}
-
-func kmsClient() *cobra.Command {
-	var socket, instance, name string
-	cmd := &cobra.Command{
-		Use:   "client",
-		Short: "Say which client certificates may use the key server",
-		Long: `A client of the key server is whoever holds the key of a pinned certificate. It may
-be self-signed. Adding and removing takes effect at once, on open connections too.`,
-	}
-	cmd.PersistentFlags().StringVar(&socket, "admin-socket", defaultKMSSocket, "the key server's admin socket")
-	cmd.PersistentFlags().StringVar(&instance, "instance", kms.DefaultInstance, "KMS instance")
-	add := &cobra.Command{
-		Use:     "add FILE",
-		Short:   "Pin a client certificate (PEM)",
-		Example: `  mortise kms client add center.pem --name center`,
-		Args:    cobra.ExactArgs(1),
-		RunE: func(cmd *cobra.Command, args []string) error {
-			text, err := os.ReadFile(args[0])
-			if err != nil {
-				return err
-			}
-			c, err := kms.DialAdmin(socket).AddClient(cmd.Context(), instance, name, text)
-			if err != nil {
-				return err
-			}
-			fmt.Fprintf(cmd.OutOrStdout(), "%s may use instance %s until %s.\nSHA-256 %s\n", c.Name, instance, c.NotAfter.Format(time.DateOnly), c.Fingerprint)
-			return nil
-		},
-	}
-	add.Flags().StringVar(&name, "name", "", "label (default: the certificate's common name)")
-	ls := &cobra.Command{
-		Use:   "ls",
-		Short: "List the pinned client certificates",
-		Args:  cobra.NoArgs,
-		RunE: func(cmd *cobra.Command, _ []string) error {
-			list, err := kms.DialAdmin(socket).Clients(cmd.Context(), instance)
-			if err != nil {
-				return err
-			}
-			w := tabwriter.NewWriter(cmd.OutOrStdout(), 0, 0, 2, ' ', 0)
-			fmt.Fprintln(w, "NAME\tEXPIRES\tSHA-256")
-			for _, c := range list {
-				fmt.Fprintf(w, "%s\t%s\t%s\n", c.Name, c.NotAfter.Format(time.DateOnly), c.Fingerprint)
-			}
-			return w.Flush()
-		},
-	}
-	rm := &cobra.Command{
-		Use:   "revoke FINGERPRINT",
-		Short: "Shut a client certificate out",
-		Args:  cobra.ExactArgs(1),
-		RunE: func(cmd *cobra.Command, args []string) error {
-			if err := kms.DialAdmin(socket).RemoveClient(cmd.Context(), instance, args[0]); err != nil {
-				return err
-			}
-			fmt.Fprintln(cmd.OutOrStdout(), "The certificate is shut out. Its keys stay.")
-			return nil
-		},
-	}
-	cmd.AddCommand(add, ls, rm)
-	return cmd
 }

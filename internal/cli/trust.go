@@ -13,6 +13,7 @@ import (
 
 	"mortise/internal/atomicfile"
 	"mortise/internal/kms"
+	"mortise/internal/kms/admin"
 	"mortise/internal/pki"
 )
 
@@ -213,7 +214,7 @@ func (c *client) trustClient(ctx context.Context, id types.KeyProviderId, o trus
 	}
 	report.ClientCertificate = cert
 	if o.kmsSocket != "" {
-		pinned, err := kms.DialAdmin(o.kmsSocket).AddClient(ctx, o.kmsInstance, "", []byte(cert))
+		pinned, err := admin.DialSocket(o.kmsSocket).AddClient(ctx, o.kmsInstance, admin.AddClient{Certificate: cert})
 		if err != nil {
 			return fmt.Errorf("pinning center's certificate at the key server: %w", err)
 		}

@@ -258,7 +258,7 @@ func (m *Machine) kms() role {
 	return role{
 		name: "kms", executable: m.cfg.Executable, ready: tcpReady(m.cfg.KMIP), log: m.log("kms"),
 		args: []string{"kms", "serve", "--dev", "--state-dir", m.dir("kms"), "--listen", m.cfg.KMIP,
-			"--admin-socket", m.KMSSocket(), "--passphrase-file", m.passphrase("kms")},
+			"--admin-socket", m.KMSSocket(), "--admin-listen", "", "--passphrase-file", m.passphrase("kms")},
 	}
 }
 

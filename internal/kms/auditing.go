@@ -23,3 +23,11 @@ func (s *Session) commit(ctx context.Context, ops ...store.Op) error {
 	_, err := s.k.store.Commit(ctx, ops...)
 	return err
 }
+
+// commitAs is how an administrator's act is written: in one transaction with
+// all that belongs to it. inst is nil for what concerns the whole server;
+// subject is what the act is about, such as a fingerprint.
+func (k *KMS) commitAs(ctx context.Context, by Actor, inst *instance, act, subject string, ops ...store.Op) error {
+	_, err := k.store.Commit(ctx, ops...)
+	return err
+}

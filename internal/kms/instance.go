@@ -47,6 +47,7 @@ type instance struct {
 	objects *store.Collection[*object]
 	names   *store.Collection[string]
 	clients *store.Collection[Client]
+	apiKeys *store.Collection[APIKey]
 }
 
 // openInstance unwraps the keys of the instance called id and loads its records.
@@ -70,7 +71,10 @@ func openInstance(ctx context.Context, s *store.Store, roots map[string]RootKeys
 	if i.names, err = store.NewCollection(ctx, s, "name-"+id, store.JSON[string](1)); err != nil {
 		return nil, err
 	}
-	i.clients, err = store.NewCollection(ctx, s, "client-"+id, store.Sealed(store.JSON[Client](1), i))
+	if i.clients, err = store.NewCollection(ctx, s, "client-"+id, store.Sealed(store.JSON[Client](1), i)); err != nil {
+		return nil, err
+	}
+	i.apiKeys, err = store.NewCollection(ctx, s, "apikey-"+id, store.Sealed(store.JSON[APIKey](1), i))
 	return i, err
 }
 
@@ -84,6 +88,9 @@ func (i *instance) close() {
 	}
 	if i.clients != nil {
 		i.clients.Close()
+	}
+	if i.apiKeys != nil {
+		i.apiKeys.Close()
 	}
 	i.wipe()
 }

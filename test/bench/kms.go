@@ -114,7 +114,7 @@ func startKMS(ctx context.Context, dir string) (*kmsBench, error) {
 	if err != nil {
 		return nil, err
 	}
-	if _, err := k.AddClient(ctx, kms.DefaultInstance, "bench", client); err != nil {
+	if _, err := k.AddClient(ctx, kms.Actor{}, kms.DefaultInstance, kms.NewClient{Certificate: client, Role: kms.RoleAdministrator}); err != nil {
 		return nil, err
 	}
 	credentials, err := pki.NewCredentials([]*x509.Certificate{server}, serverKey)

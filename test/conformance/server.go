@@ -99,7 +99,7 @@ func startServer(ctx context.Context, binary string) (s *server, err error) {
 	if binary, err = filepath.Abs(binary); err != nil {
 		return s, err
 	}
-	s.cmd = exec.Command(binary, "kms", "serve", "--state-dir", in("state"), "--listen", s.address, "--admin-socket", in("kms.sock"),
+	s.cmd = exec.Command(binary, "kms", "serve", "--state-dir", in("state"), "--listen", s.address, "--admin-socket", in("kms.sock"), "--admin-listen", "",
 		"--passphrase-file", in("passphrase"), "--tls-cert", in("kms.pem"), "--tls-key", in("kms.pem"))
 	s.cmd.Stdout, s.cmd.Stderr = s.log, s.log
 	if err := s.cmd.Start(); err != nil {
@@ -114,7 +114,7 @@ func startServer(ctx context.Context, binary string) (s *server, err error) {
 	}
 	s.tls = &tls.Config{RootCAs: pool, ServerName: "127.0.0.1", Certificates: []tls.Certificate{pair}}
 	for deadline := time.Now().Add(wait); ; time.Sleep(50 * time.Millisecond) {
-		add := exec.CommandContext(ctx, binary, "kms", "client", "add", in("client.pem"), "--name", "conformance", "--admin-socket", in("kms.sock"))
+		add := exec.CommandContext(ctx, binary, "kms", "client", "add", in("client.pem"), "--name", "conformance", "--role", "administrator", "--admin-socket", in("kms.sock"))
 		out, err := add.CombinedOutput()
 		if err == nil {
 			return s, nil

@@ -278,7 +278,7 @@ func (m *machine) keyServer() *kmipc.Client {
 	if err := pki.SaveCertificates(file, cert); err != nil {
 		m.Fatal(err)
 	}
-	m.must("kms", "client", "add", file, "--name", "tester", "--admin-socket", m.socket("kms"))
+	m.must("kms", "client", "add", file, "--name", "tester", "--role", "administrator", "--admin-socket", m.socket("kms"))
 	address := fmt.Sprintf("127.0.0.1:%d", m.base+2)
 	chain, _, err := kmipc.FetchServerCertificate(m.Context(), address)
 	if err != nil {

@@ -135,7 +135,7 @@ func (k *KMS) Trust(certPEM string) {
 	if err != nil {
 		k.t.Fatal(err)
 	}
-	if _, err := k.kms.AddClient(context.Background(), kms.DefaultInstance, "center", chain[0]); err != nil {
+	if _, err := k.kms.AddClient(context.Background(), kms.Actor{}, kms.DefaultInstance, kms.NewClient{Name: "center", Certificate: chain[0]}); err != nil {
 		k.t.Fatal(err)
 	}
 }
@@ -153,7 +153,7 @@ func (k *KMS) session() *kms.Session {
 	if err != nil {
 		k.t.Fatal(err)
 	}
-	if _, err := k.kms.AddClient(context.Background(), kms.DefaultInstance, "administrator", cert); err != nil {
+	if _, err := k.kms.AddClient(context.Background(), kms.Actor{}, kms.DefaultInstance, kms.NewClient{Name: "administrator", Certificate: cert, Role: kms.RoleAdministrator}); err != nil {
 		k.t.Fatal(err)
 	}
 	s, err := k.kms.Session(context.Background(), kms.DefaultInstance, cert, "")

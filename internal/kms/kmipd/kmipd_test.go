@@ -84,17 +84,36 @@ func openKMS(t testing.TB) *kms.KMS {
 // serve starts a listener with o's limits over a fresh KMS.
 func serve(t testing.TB, o Options) *bed {
 	t.Helper()
-	b := &bed{KMS: openKMS(t), log: &syncBuffer{}}
-	key, err := pki.GenerateKey()
-	if err != nil {
+	b := serveOver(t, openKMS(t), o)
+	b.client = newClient(t, time.Now(), 24*time.Hour)
+	letIn(t, b.KMS, b.client)
+	return b
+}
+
+// letIn pins a client's certificate.
+func letIn(t testing.TB, k *kms.KMS, client tls.Certificate) {
+	t.Helper()
+	if _, err := k.AddClient(t.Context(), kms.Actor{}, kms.DefaultInstance, kms.NewClient{Certificate: client.Leaf, Role: kms.RoleAdministrator}); err != nil {
 		t.Fatal(err)
 	}
-	b.server, err = pki.SelfSigned(key, pki.Grant{Server: true, Life: 24 * time.Hour, Hosts: []string{"127.0.0.1", "localhost"}}, "kms", time.Now())
-	if err != nil {
-		t.Fatal(err)
-	}
-	if o.Credentials, err = pki.NewCredentials([]*x509.Certificate{b.server}, key); err != nil {
-		t.Fatal(err)
+}
+
+// serveOver starts a listener with o's limits over k.
+func serveOver(t testing.TB, k *kms.KMS, o Options) *bed {
+	t.Helper()
+	b := &bed{KMS: k, log: &syncBuffer{}}
+	if o.Credentials == nil {
+		key, err := pki.GenerateKey()
+		if err != nil {
+			t.Fatal(err)
+		}
+		b.server, err = pki.SelfSigned(key, pki.Grant{Server: true, Life: 24 * time.Hour, Hosts: []string{"127.0.0.1", "localhost"}}, "kms", time.Now())
+		if err != nil {
+			t.Fatal(err)
+		}
+		if o.Credentials, err = pki.NewCredentials([]*x509.Certificate{b.server}, key); err != nil {
+			t.Fatal(err)
+		}
 	}
 	o.Logger = slog.New(slog.NewTextHandler(b.log, &slog.HandlerOptions{Level: slog.LevelDebug}))
 	l, err := net.Listen("tcp", "127.0.0.1:0")
@@ -114,10 +133,6 @@ func serve(t testing.TB, o Options) *bed {
 			t.Errorf("the server panicked: %s", b.log)
 		}
 	})
-	b.client = newClient(t, time.Now(), 24*time.Hour)
-	if _, err := b.AddClient(t.Context(), kms.DefaultInstance, "test", b.client.Leaf); err != nil {
-		t.Fatal(err)
-	}
 	return b
 }
 
@@ -413,10 +428,10 @@ func TestHandshake(t *testing.T) {
 	}
 	expired := newClient(t, time.Now().Add(-48*time.Hour), 24*time.Hour)
 	removed := newClient(t, time.Now(), time.Hour)
-	if _, err := b.AddClient(t.Context(), kms.DefaultInstance, "", removed.Leaf); err != nil {
+	if _, err := b.AddClient(t.Context(), kms.Actor{}, kms.DefaultInstance, kms.NewClient{Certificate: removed.Leaf}); err != nil {
 		t.Fatal(err)
 	}
-	if err := b.RemoveClient(t.Context(), kms.DefaultInstance, pki.Thumbprint(removed.Leaf)); err != nil {
+	if _, err := b.RemoveClient(t.Context(), kms.Actor{}, kms.DefaultInstance, pki.Thumbprint(removed.Leaf)); err != nil {
 		t.Fatal(err)
 	}
 	stolen := b.client // the certificate is public; the key is not
@@ -461,7 +476,7 @@ func TestRemovedInMidConnection(t *testing.T) {
 	b := serve(t, Options{})
 	c := b.dial(t)
 	id := newKey(t, c)
-	if err := b.RemoveClient(t.Context(), kms.DefaultInstance, pki.Thumbprint(b.client.Leaf)); err != nil {
+	if _, err := b.RemoveClient(t.Context(), kms.Actor{}, kms.DefaultInstance, pki.Thumbprint(b.client.Leaf)); err != nil {
 		t.Fatal(err)
 	}
 	m := roundTrip(t, c, request(4, &payloads.GetRequestPayload{UniqueIdentifier: id}))
@@ -941,7 +956,7 @@ func FuzzAnswer(f *testing.F) {
 
 	k := openKMS(f)
 	pin := newClient(f, time.Now(), time.Hour)
-	if _, err := k.AddClient(f.Context(), kms.DefaultInstance, "fuzz", pin.Leaf); err != nil {
+	if _, err := k.AddClient(f.Context(), kms.Actor{}, kms.DefaultInstance, kms.NewClient{Name: "fuzz", Certificate: pin.Leaf, Role: kms.RoleAdministrator}); err != nil {
 		f.Fatal(err)
 	}
 	key, err := pki.GenerateKey()
@@ -961,7 +976,9 @@ func FuzzAnswer(f *testing.F) {
 	if err != nil {
 		f.Fatal(err)
 	}
-	open := func(ctx context.Context) (*kms.Session, error) { return k.Session(ctx, kms.DefaultInstance, pin.Leaf, "") }
+	open := func(ctx context.Context) (*kms.Session, error) {
+		return k.Session(ctx, kms.DefaultInstance, pin.Leaf, "")
+	}
 	f.Fuzz(func(t *testing.T, msg []byte) {
 		response, _ := s.answer(t.Context(), "fuzz", open, bytes.Clone(msg))
 		defer s.release(response)

@@ -135,7 +135,7 @@ func startKMS(t *testing.T) (*kms.KMS, string, *x509.Certificate) {
 func TestOurs(t *testing.T) {
 	k, addr, server := startKMS(t)
 	client := pair(t, pki.Grant{Client: true}, "certify")
-	if _, err := k.AddClient(t.Context(), kms.DefaultInstance, "certify", client.Leaf); err != nil {
+	if _, err := k.AddClient(t.Context(), kms.Actor{}, kms.DefaultInstance, kms.NewClient{Certificate: client.Leaf, Role: kms.RoleAdministrator}); err != nil {
 		t.Fatal(err)
 	}
 	seen := 0

@@ -65,7 +65,7 @@ func startOurs(t testing.TB, endpoints int, cfg *kmipc.Config) *ours {
 	}
 	t.Cleanup(func() { s.Close(); k.Close(); root.Wipe() })                // until it is closed the store unseals what it watches
 	cfg.Certificate = pair(t, pki.Grant{}, pki.KMIPClientName(time.Now())) // no extended key usage, as S3 allows
-	if _, err := k.AddClient(context.Background(), kms.DefaultInstance, "center", cfg.Certificate.Leaf); err != nil {
+	if _, err := k.AddClient(context.Background(), kms.Actor{}, kms.DefaultInstance, kms.NewClient{Certificate: cfg.Certificate.Leaf, Role: kms.RoleAdministrator}); err != nil {
 		t.Fatal(err)
 	}
 	server := pair(t, pki.Grant{Server: true}, "kms")
@@ -147,7 +147,7 @@ func TestRemovedClient(t *testing.T) {
 	}
 	kek.Wipe()
 	fingerprint := fmt.Sprintf("%x", pki.Fingerprint(cfg.Certificate.Leaf))
-	if err := o.kms.RemoveClient(within(t), kms.DefaultInstance, fingerprint); err != nil {
+	if _, err := o.kms.RemoveClient(within(t), kms.Actor{}, kms.DefaultInstance, fingerprint); err != nil {
 		t.Fatal(err)
 	}
 	for range 2 { // on the kept connection, and on a fresh one
@@ -199,7 +199,7 @@ func TestExpiredClient(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	if _, err := o.kms.AddClient(within(t), kms.DefaultInstance, "old", old); err == nil {
+	if _, err := o.kms.AddClient(within(t), kms.Actor{}, kms.DefaultInstance, kms.NewClient{Certificate: old}); err == nil {
 		t.Error("the KMS took an expired certificate")
 	}
 	cfg.Certificate.Certificate, cfg.Certificate.PrivateKey, cfg.Certificate.Leaf = [][]byte{old.Raw}, key, old
