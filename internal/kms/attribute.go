@@ -21,7 +21,7 @@ const (
 // came, and two values are equal when their bytes are.
 type attribute struct {
 	Name  kmip.AttributeName
-	Index int32 `json:",omitempty"`
+	Index int32
 	Value []byte
 }
 

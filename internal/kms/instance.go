@@ -65,7 +65,7 @@ func openInstance(ctx context.Context, s *store.Store, roots map[string]RootKeys
 			i.close()
 		}
 	}()
-	if i.objects, err = store.NewCollection(ctx, s, "object-"+id, store.Codec[*object](objectCodec{i})); err != nil {
+	if i.objects, err = store.NewCollection(ctx, s, "object-"+id, store.Codec[*object](objectCodec{i}), store.DecodeOnRead[*object](), store.IndexBy(indexObject)); err != nil {
 		return nil, err
 	}
 	if i.names, err = store.NewCollection(ctx, s, "name-"+id, store.JSON[string](1)); err != nil {

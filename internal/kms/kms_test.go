@@ -793,24 +793,3 @@ func TestKill9AfterCreate(t *testing.T) {
 	}
 	t.Logf("%d acknowledged keys survived", len(keys))
 }
-
-func FuzzObject(f *testing.F) {
-	f.Add([]byte{})
-	f.Add([]byte{0, 0, 0, 2, '{', '}'})
-	f.Add([]byte{255, 255, 255, 255, '{', '}'})
-	f.Add(append([]byte{0, 0, 0, 64}, []byte(`{"Version":1,"Type":"SymmetricKey","State":"Active","Attributes":[]}key`)...))
-	f.Fuzz(func(t *testing.T, plain []byte) {
-		o, err := parseObject(plain)
-		if err != nil {
-			return
-		}
-		if o.material > MaxMaterial {
-			t.Fatalf("%d bytes of material", o.material)
-		}
-		o.settle(time.Now())
-		if _, err := o.list("id"); err != nil {
-			return
-		}
-		filter{equal: []attribute{{Name: "State"}}}.match("id", o)
-	})
-}

@@ -2,9 +2,9 @@ package kms
 
 import (
 	"bytes"
-	"cmp"
 	"context"
 	"errors"
+	"iter"
 	"slices"
 	"strings"
 	"time"
@@ -23,8 +23,13 @@ type Query struct {
 	Max        int32 // 0: no limit
 }
 
+// countTo is how many candidates are looked at for the sake of their number
+// alone, when the client has all the identifiers that it asked for.
+const countTo = 10_000
+
 // Locate returns the identifiers of the objects that match, the newest first,
-// and how many match in all. Destroyed objects are found only by asking for
+// and how many match in all; -1 when that would be long to count (KMIP 1.4 §4.9
+// lets the server leave it out). Destroyed objects are found only by asking for
 // their State.
 func (s *Session) Locate(ctx context.Context, q Query) (ids []string, total int, err error) {
 	if q.Offset < 0 || q.Max < 0 {
@@ -34,70 +39,102 @@ func (s *Session) Locate(ctx context.Context, q Query) (ids []string, total int,
 	if err != nil {
 		return nil, 0, err
 	}
-	if q.Status != 0 && q.Status&kmip.StorageStatusOnlineStorage == 0 {
-		return nil, 0, nil // nothing is archived here
-	}
-	candidates, err := s.candidates(ctx, f)
+	f.status = q.Status
+	found, err := s.inst.objects.Find(ctx, f.terms...)
 	if err != nil {
-		return nil, 0, err
+		return nil, 0, AsError(err)
 	}
-	now := s.now()
-	found := candidates[:0]
-	for _, e := range candidates {
-		id := e.Key
-		ok, err := f.match(id, e.Value.settled(now))
-		if err != nil {
+	candidates, many := found.Newest(), found.Len() > countTo
+	if f.id != "" {
+		candidates, many = s.only(f.id), false
+	}
+	now, looked := s.now(), 0
+	for e, err := range candidates {
+		if err != nil { // damaged; the store has logged it
+			continue
+		}
+		ok, err := f.match(e.Key, e.Value.settled(now))
+		switch {
+		case err != nil:
 			return nil, 0, AsError(err)
+		case ok && total >= int(q.Offset) && (q.Max == 0 || len(ids) < int(q.Max)):
+			ids = append(ids, e.Key)
 		}
 		if ok {
-			found = append(found, e)
+			total++
 		}
-	}
-	slices.SortFunc(found, func(a, b store.Entry[*object]) int { return cmp.Compare(b.Created, a.Created) })
-	total = len(found)
-	found = found[min(int(q.Offset), total):]
-	if q.Max > 0 {
-		found = found[:min(int(q.Max), len(found))]
-	}
-	for _, e := range found {
-		ids = append(ids, e.Key)
+		if looked++; looked%1024 == 0 && ctx.Err() != nil {
+			return nil, 0, AsError(errors.Join(store.ErrUnavailable, ctx.Err()))
+		}
+		if q.Max > 0 && len(ids) == int(q.Max) && many {
+			return ids, -1, nil
+		}
 	}
 	return ids, total, nil
 }
 
-// candidates are the objects that may match: the one of a name, when the filter
-// has one, else all of the instance.
-func (s *Session) candidates(ctx context.Context, f filter) ([]store.Entry[*object], error) {
-	if f.name == nil || f.destroyed { // a destroyed object's name is no longer in the index
-		list, err := s.inst.objects.List(ctx, "")
-		if err != nil && !errors.Is(err, store.ErrDamaged) { // the store has logged each damaged one
-			return nil, AsError(err)
+// only is the object of an identifier, if there is one; the session has synced.
+func (s *Session) only(id string) iter.Seq2[store.Entry[*object], error] {
+	return func(yield func(store.Entry[*object], error) bool) {
+		if e, ok := s.inst.objects.Peek(id); ok {
+			yield(e, nil)
 		}
-		return list, nil
 	}
-	n, err := s.inst.names.Get(ctx, s.inst.nameIndex(f.name))
-	if errors.Is(err, store.ErrNotFound) {
-		return nil, nil
-	}
-	if err != nil {
-		return nil, AsError(err)
-	}
-	e, err := s.inst.objects.Get(ctx, n.Value)
-	if errors.Is(err, store.ErrNotFound) { // destroyed between the two reads
-		return nil, nil
-	}
-	if err != nil {
-		return nil, AsError(err)
-	}
-	return []store.Entry[*object]{e}, nil
 }
+
+// Kinds of terms in the index of objects.
+const (
+	termAttribute = "attribute" // what clients set, as it is encoded
+	termState     = "state"
+	termType      = "type"
+	termAlgorithm = "algorithm"
+	termDue       = "due" // for the sweeper
+)
+
+// indexObject gives the terms under which an object is found. The usual type and
+// algorithm have none: nearly every object would be there.
+func indexObject(o *object, add func(kind string, value []byte)) {
+	for _, a := range o.Attributes {
+		add(termAttribute, a.Value)
+	}
+	for _, s := range o.states() {
+		add(termState, []byte{byte(s)})
+	}
+	if o.Type != kmip.ObjectTypeSymmetricKey {
+		add(termType, []byte{byte(o.Type)})
+	}
+	if o.Algorithm != kmip.CryptographicAlgorithmAES {
+		add(termAlgorithm, []byte{byte(o.Algorithm)})
+	}
+	if o.due() {
+		add(termDue, nil)
+	}
+}
+
+// states are the one that is stored and those that dates will bring about
+// without a write.
+func (o *object) states() []kmip.State {
+	all := []kmip.State{o.State}
+	if o.State == kmip.StatePreActive && !o.Activation.IsZero() {
+		all = append(all, kmip.StateActive)
+	}
+	if all[len(all)-1] == kmip.StateActive && !o.Deactivated.IsZero() {
+		all = append(all, kmip.StateDeactivated)
+	}
+	return all
+}
+
+// due tells whether time alone will make the sweeper change the object.
+func (o *object) due() bool { return len(o.states()) > 1 || o.gone() && o.material > 0 }
 
 // filter is a query's attributes, ready to compare.
 type filter struct {
 	equal     []attribute
 	dates     []dateRange
-	name      []byte // the encoded Name among equal, nil if none
-	destroyed bool   // State asks for destroyed objects
+	terms     []store.IndexTerm
+	id        string // the Unique Identifier among equal, "" if none
+	status    kmip.StorageStatusMask
+	destroyed bool // State asks for destroyed objects
 }
 
 type dateRange struct {
@@ -129,20 +166,63 @@ func newFilter(attributes []kmip.Attribute) (f filter, err error) {
 				d.to = v
 			}
 			continue
+		case string:
+			if a.AttributeName == kmip.AttributeNameUniqueIdentifier {
+				f.id = v
+			}
 		case kmip.State:
 			f.destroyed = f.destroyed || v == kmip.StateDestroyed || v == kmip.StateDestroyedCompromised
 		}
 		value := encodeAttribute(a)
-		if a.AttributeName == kmip.AttributeNameName {
-			f.name = value
-		}
 		f.equal = append(f.equal, attribute{Name: a.AttributeName, Value: value})
+		f.terms = append(f.terms, termsFor(a, value)...)
 	}
 	return f, nil
 }
 
+// termsFor are the terms of what has the attribute: one, or none when the index
+// does not have it.
+func termsFor(a kmip.Attribute, encoded []byte) []store.IndexTerm {
+	one := func(kind string, value byte) []store.IndexTerm {
+		return []store.IndexTerm{{Kind: kind, Value: []byte{value}}}
+	}
+	switch v := a.AttributeValue.(type) {
+	case kmip.State:
+		return one(termState, byte(v))
+	case kmip.ObjectType:
+		if v != kmip.ObjectTypeSymmetricKey {
+			return one(termType, byte(v))
+		}
+		return nil
+	case kmip.CryptographicAlgorithm:
+		if v != kmip.CryptographicAlgorithmAES {
+			return one(termAlgorithm, byte(v))
+		}
+		return nil
+	}
+	if kept(a.AttributeName) {
+		return []store.IndexTerm{{Kind: termAttribute, Value: encoded}}
+	}
+	return nil
+}
+
+// kept tells that an attribute is in [object.Attributes] wherever an object has
+// it, and is looked for whole.
+func kept(name kmip.AttributeName) bool {
+	switch name {
+	case kmip.AttributeNameName, kmip.AttributeNameObjectGroup, kmip.AttributeNameLink, kmip.AttributeNameApplicationSpecificInformation,
+		kmip.AttributeNameContactInformation, kmip.AttributeNameAlternativeName:
+		return true
+	}
+	return strings.HasPrefix(string(name), "x-")
+}
+
 func (f filter) match(id string, o *object) (bool, error) {
 	if o.gone() && !f.destroyed {
+		return false, nil
+	}
+	if online := o.Archived.IsZero(); f.status != 0 &&
+		!(online && f.status&kmip.StorageStatusOnlineStorage != 0) && !(!online && f.status&kmip.StorageStatusArchivalStorage != 0) {
 		return false, nil
 	}
 	// What clients set is stored encoded and compared so; the server's own

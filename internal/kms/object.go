@@ -1,10 +1,6 @@
 package kms
 
 import (
-	"bytes"
-	"encoding/binary"
-	"encoding/json"
-	"errors"
 	"fmt"
 	"time"
 
@@ -17,34 +13,34 @@ import (
 // bytes.
 const MaxMaterial = secret.MaxLen
 
-// object is a managed object as its record has it. A decoded object is shared
-// by its readers and does not change; a change works on a copy.
+// object is a managed object as its record has it ([object.fields]). Every read
+// decodes one anew.
 type object struct {
-	Version     int
+	Version     int // goes
 	Type        kmip.ObjectType
-	Subtype     uint32                      `json:",omitempty"` // SecretDataType or OpaqueDataType
-	Algorithm   kmip.CryptographicAlgorithm `json:",omitempty"`
-	Length      int32                       `json:",omitempty"` // bits
-	Usage       int32                       `json:",omitempty"` // kmip.CryptographicUsageMask
+	Subtype     uint32 // SecretDataType or OpaqueDataType
+	Algorithm   kmip.CryptographicAlgorithm
+	Length      int32 // bits
+	Usage       int32 // kmip.CryptographicUsageMask
 	State       kmip.State
-	Reason      *revocation `json:",omitempty"`
-	Digest      []byte      `json:",omitempty"` // SHA-256 of the material
+	Reason      *revocation
+	Digest      []byte // SHA-256 of the material
 	Initial     time.Time
-	Activation  time.Time `json:",omitzero"`
-	Deactivated time.Time `json:",omitzero"` // Deactivation Date, may be in the future
-	Destroyed   time.Time `json:",omitzero"`
-	Compromised time.Time `json:",omitzero"`
-	Occurred    time.Time `json:",omitzero"` // Compromise Occurrence Date
+	Activation  time.Time
+	Deactivated time.Time // Deactivation Date, may be in the future
+	Destroyed   time.Time
+	Compromised time.Time
+	Occurred    time.Time // Compromise Occurrence Date
 	LastChange  time.Time
-	Original    time.Time          `json:",omitzero"`  // Original Creation Date, of an imported object
-	ProcessFrom time.Time          `json:",omitzero"`  // Process Start Date
-	ProtectTo   time.Time          `json:",omitzero"`  // Protect Stop Date
-	Archived    time.Time          `json:",omitzero"`  // Archive Date; zero: online
-	Format      kmip.KeyFormatType `json:",omitempty"` // as registered; 0 means Raw
-	Flags       objectFlags        `json:",omitempty"`
-	Limits      *usageLimits       `json:",omitempty"`
-	Wrapping    []byte             `json:",omitempty"` // TTLV of the Key Wrapping Data of material that is kept as it came, wrapped
-	Attributes  []attribute        `json:",omitempty"` // what clients set, in order of addition
+	Original    time.Time          // Original Creation Date, of an imported object
+	ProcessFrom time.Time          // Process Start Date
+	ProtectTo   time.Time          // Protect Stop Date
+	Archived    time.Time          // Archive Date; zero: online
+	Format      kmip.KeyFormatType // as registered; 0 means Raw
+	Flags       objectFlags
+	Limits      *usageLimits
+	Wrapping    []byte      // TTLV of the Key Wrapping Data of material that is kept as it came, wrapped
+	Attributes  []attribute // what clients set, in order of addition
 
 	material int        // length in bytes; 0 once purged
 	sealed   sealedFrom // where the material is
@@ -71,7 +67,7 @@ type usageLimits struct {
 
 type revocation struct {
 	Code    kmip.RevocationReasonCode
-	Message string `json:",omitempty"`
+	Message string
 }
 
 // sealedFrom is enough to open a record again: the material of a key is in
@@ -102,22 +98,15 @@ func (o *object) open() (*secret.Key, error) {
 	return secret.Copy(material)
 }
 
-// objectVersion is written into records; a higher one is refused.
-const objectVersion = 1
-
-// objectCodec stores an object as the length of its JSON (4 bytes, big-endian),
-// that JSON, and the material as it is, all sealed together. The material stays
-// out of the JSON so that no encoder keeps a copy of it.
+// objectCodec seals an object's record.
 type objectCodec struct{ *instance }
 
 func (c objectCodec) Encode(at string, o *object) ([]byte, error) {
-	meta, err := json.Marshal(o)
-	if err != nil {
-		return nil, fmt.Errorf("encoding %s: %w", at, err)
+	// Room for all of it, so that no copy of the material is left behind.
+	plain := appendObject(make([]byte, 0, 1024+o.material), o)
+	if cap(plain)-len(plain) < o.material {
+		plain = append(make([]byte, 0, len(plain)+o.material), plain...)
 	}
-	plain := make([]byte, 4, 4+len(meta)+o.material)
-	binary.BigEndian.PutUint32(plain, uint32(len(meta)))
-	plain = append(plain, meta...)
 	if o.material > 0 {
 		key, err := o.open()
 		if err != nil {
@@ -140,35 +129,6 @@ func (c objectCodec) Decode(at string, stored []byte) (*object, error) {
 	if err != nil {
 		return nil, fmt.Errorf("decoding %s: %w", at, err)
 	}
-	o.sealed = sealedFrom{at: at, stored: bytes.Clone(stored), opener: c.instance}
+	o.sealed = sealedFrom{at: at, stored: stored, opener: c.instance}
 	return o, nil
-}
-
-func parseObject(plain []byte) (*object, error) {
-	meta, material, err := split(plain)
-	if err != nil {
-		return nil, err
-	}
-	var o object
-	d := json.NewDecoder(bytes.NewReader(meta))
-	d.DisallowUnknownFields()
-	if err := d.Decode(&o); err != nil {
-		return nil, err
-	}
-	if o.Version != objectVersion {
-		return nil, fmt.Errorf("record version %d, this program reads %d", o.Version, objectVersion)
-	}
-	o.material = len(material)
-	return &o, nil
-}
-
-func split(plain []byte) (meta, material []byte, err error) {
-	if len(plain) < 4 {
-		return nil, nil, errors.New("a record has at least 4 bytes")
-	}
-	n := binary.BigEndian.Uint32(plain)
-	if uint64(n) > uint64(len(plain)-4) || len(plain)-4-int(n) > MaxMaterial {
-		return nil, nil, errors.New("a record's lengths do not fit")
-	}
-	return plain[4 : 4+n], plain[4+n:], nil
 }

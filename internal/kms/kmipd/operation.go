@@ -220,8 +220,11 @@ func locate(c *call, r *locateRequest) (kmip.OperationPayload, error) {
 	if len(ids) == 1 {
 		c.placeholder = ids[0]
 	}
-	n := int32(total)
-	return &payloads.LocateResponsePayload{LocatedItems: &n, UniqueIdentifier: ids}, nil
+	found := &payloads.LocateResponsePayload{UniqueIdentifier: ids}
+	if n := int32(total); n >= 0 {
+		found.LocatedItems = &n
+	}
+	return found, nil
 }
 
 func getAttributes(c *call, r *payloads.GetAttributesRequestPayload) (kmip.OperationPayload, error) {
