@@ -2,7 +2,6 @@ package main
 
 import (
 	"os"
-	"os/exec"
 	"path/filepath"
 	"strings"
 	"testing"
@@ -10,6 +9,8 @@ import (
 
 	"github.com/ovh/kmip-go"
 	"github.com/ovh/kmip-go/ttlv"
+
+	"mortise/test/kmsproc"
 )
 
 // The program is built and its key server started as an administrator would.
@@ -17,11 +18,9 @@ import (
 // others as they are.
 func TestConformance(t *testing.T) {
 	root := repository()
-	bin := filepath.Join(t.TempDir(), "mortise")
-	build := exec.Command("go", "build", "-o", bin, "mortise/cmd/mortise")
-	build.Env = append(os.Environ(), "CGO_ENABLED=0")
-	if out, err := build.CombinedOutput(); err != nil {
-		t.Fatalf("building mortise: %v\n%s", err, out)
+	bin, err := kmsproc.Build(t.TempDir())
+	if err != nil {
+		t.Fatal(err)
 	}
 	results, err := execute(t.Context(), options{binary: bin})
 	if err != nil {

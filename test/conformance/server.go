@@ -1,24 +1,21 @@
 package main
 
 import (
-	"bytes"
 	"context"
 	"crypto/tls"
 	"crypto/x509"
 	"encoding/binary"
 	"errors"
 	"fmt"
-	"io"
 	"net"
 	"os"
-	"os/exec"
-	"path/filepath"
 	"time"
 
 	"github.com/ovh/kmip-go"
 	"github.com/ovh/kmip-go/ttlv"
 
 	"mortise/internal/pki"
+	"mortise/test/kmsproc"
 )
 
 // server is a KMIP server and the connection to it.
@@ -26,8 +23,7 @@ type server struct {
 	address string
 	tls     *tls.Config
 	conn    *tls.Conn
-	cmd     *exec.Cmd // nil: somebody else's
-	log     *bytes.Buffer
+	proc    *kmsproc.Server // nil: somebody else's
 	dir     string
 }
 
@@ -57,83 +53,43 @@ func openServer(ctx context.Context, o options) (*server, error) {
 	return &server{address: o.address, tls: &tls.Config{RootCAs: pool, ServerName: host, Certificates: []tls.Certificate{pair}}}, nil
 }
 
-// startServer runs `mortise kms serve` in a folder of its own, as an
-// administrator would, and lets one client in.
+// startServer runs a key server in a folder of its own, as an administrator
+// would, and lets one client in that may do everything.
 func startServer(ctx context.Context, binary string) (s *server, err error) {
-	dir, err := os.MkdirTemp("", "conformance-")
+	dir, err := os.MkdirTemp("", "mtsc")
 	if err != nil {
 		return nil, err
 	}
-	s = &server{log: &bytes.Buffer{}, dir: dir}
+	s = &server{dir: dir}
 	defer func() {
 		if err != nil {
 			s.close()
-			err = fmt.Errorf("%w\n%s", err, s.log)
 		}
 	}()
-	in := func(name string) string { return filepath.Join(dir, name) }
-	key, err := pki.GenerateKey()
+	proc, err := kmsproc.New(binary, dir, "")
 	if err != nil {
-		return s, err
+		return nil, err
 	}
-	cert, err := pki.SelfSigned(key, pki.Grant{Server: true, Life: 24 * time.Hour, Hosts: []string{"127.0.0.1"}}, "kms", time.Now())
+	if err := proc.Start(ctx); err != nil {
+		return nil, err
+	}
+	s.proc = proc
+	client, err := proc.Client(ctx, "conformance", "administrator")
 	if err != nil {
-		return s, err
+		return nil, err
 	}
-	if err := pki.SaveKeyPair(in("kms.pem"), []*x509.Certificate{cert}, key); err != nil {
-		return s, err
-	}
-	mine, myKey, err := pki.NewKMIPClient(24*time.Hour, time.Now())
-	if err != nil {
-		return s, err
-	}
-	if err := errors.Join(os.WriteFile(in("passphrase"), []byte("passphrase of the conformance run\n"), 0o600), pki.SaveCertificates(in("client.pem"), mine)); err != nil {
-		return s, err
-	}
-	l, err := net.Listen("tcp", "127.0.0.1:0")
-	if err != nil {
-		return s, err
-	}
-	s.address = l.Addr().String()
-	l.Close()
-	if binary, err = filepath.Abs(binary); err != nil {
-		return s, err
-	}
-	s.cmd = exec.Command(binary, "kms", "serve", "--state-dir", in("state"), "--listen", s.address, "--admin-socket", in("kms.sock"), "--admin-listen", "",
-		"--passphrase-file", in("passphrase"), "--tls-cert", in("kms.pem"), "--tls-key", in("kms.pem"))
-	s.cmd.Stdout, s.cmd.Stderr = s.log, s.log
-	if err := s.cmd.Start(); err != nil {
-		s.cmd = nil
-		return s, err
-	}
-	pool := x509.NewCertPool()
-	pool.AddCert(cert)
-	pair, err := pki.TLSCertificate([]*x509.Certificate{mine}, myKey)
-	if err != nil {
-		return s, err
-	}
-	s.tls = &tls.Config{RootCAs: pool, ServerName: "127.0.0.1", Certificates: []tls.Certificate{pair}}
-	for deadline := time.Now().Add(wait); ; time.Sleep(50 * time.Millisecond) {
-		add := exec.CommandContext(ctx, binary, "kms", "client", "add", in("client.pem"), "--name", "conformance", "--role", "administrator", "--admin-socket", in("kms.sock"))
-		out, err := add.CombinedOutput()
-		if err == nil {
-			return s, nil
-		}
-		if ctx.Err() != nil || time.Now().After(deadline) {
-			return s, fmt.Errorf("the key server lets no client in: %w\n%s", err, out)
-		}
-	}
+	s.address, s.tls = proc.Address, proc.TLS(client)
+	return s, nil
 }
 
 func (s *server) close() {
 	if s.conn != nil {
 		s.conn.Close()
 	}
-	if s.cmd != nil {
-		_ = s.cmd.Process.Signal(os.Interrupt)
-		force := time.AfterFunc(wait, func() { _ = s.cmd.Process.Kill() })
-		_ = s.cmd.Wait()
-		force.Stop()
+	if s.proc != nil {
+		if err := s.proc.Stop(); err != nil {
+			fmt.Fprintln(os.Stderr, "conformance:", err)
+		}
 	}
 	if s.dir != "" {
 		os.RemoveAll(s.dir)
@@ -151,33 +107,13 @@ func (s *server) send(request []byte) ([]byte, error) {
 		}
 		s.conn = c
 	}
-	answer, err := s.roundTrip(request)
+	answer, err := kmsproc.RoundTrip(s.conn, request)
 	if err != nil {
 		s.conn.Close()
 		s.conn = nil
 		return nil, fmt.Errorf("no answer: %w", err)
 	}
 	return answer, nil
-}
-
-func (s *server) roundTrip(request []byte) ([]byte, error) {
-	if err := s.conn.SetDeadline(time.Now().Add(wait)); err != nil {
-		return nil, err
-	}
-	if _, err := s.conn.Write(request); err != nil {
-		return nil, err
-	}
-	answer := make([]byte, 8)
-	if _, err := io.ReadFull(s.conn, answer); err != nil {
-		return nil, err
-	}
-	length := binary.BigEndian.Uint32(answer[4:])
-	if length > 64<<20 {
-		return nil, fmt.Errorf("the answer says it has %d bytes", length)
-	}
-	answer = append(answer, make([]byte, length)...)
-	_, err := io.ReadFull(s.conn, answer[8:])
-	return answer, err
 }
 
 // clear destroys everything that Locate finds, as a client may, so that a case
