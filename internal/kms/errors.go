@@ -43,6 +43,8 @@ func AsError(err error) *Error {
 		return &Error{kmip.ResultReasonItemNotFound, "no such object", err}
 	case errors.Is(err, store.ErrDamaged):
 		return &Error{kmip.ResultReasonGeneralFailure, "the stored object is damaged; the server's log says more", err}
+	case errors.Is(err, ErrClock):
+		return &Error{kmip.ResultReasonGeneralFailure, "this server's clock is not fit; ask another", err}
 	case errors.Is(err, store.ErrFull):
 		return &Error{kmip.ResultReasonGeneralFailure, "the server's storage is full", err}
 	case errors.Is(err, store.ErrUnavailable):

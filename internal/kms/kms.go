@@ -33,6 +33,7 @@ import (
 	"maps"
 	"slices"
 	"sync"
+	"sync/atomic"
 	"time"
 
 	"mortise/internal/secret"
@@ -46,9 +47,6 @@ const DefaultInstance = "default"
 // are purged. On the wire they are gone at once.
 const GraceTime = 7 * 24 * time.Hour
 
-// sweepEvery is how often date-driven states are written and keys purged.
-const sweepEvery = time.Hour
-
 // A RootKey keeps a CRK and wraps keys with it, bound to additional data.
 // ID names it and is no secret.
 type RootKey interface {
@@ -61,6 +59,9 @@ type RootKey interface {
 type Options struct {
 	Logger *slog.Logger     // nil: none
 	Now    func() time.Time // nil: time.Now
+	// Elapsed tells how long the process runs, by a clock that does not jump. Nil:
+	// the machine's; with a Now of one's own, jumps are then not looked for.
+	Elapsed func() time.Duration
 }
 
 // KMS is an open key management server. Its methods may be called concurrently.
@@ -69,6 +70,9 @@ type KMS struct {
 	now     func() time.Time
 	store   *store.Store
 	records *store.Collection[instanceRecord]
+	clock   *Clock
+	clocks  *store.Collection[clockRecord]
+	format  atomic.Int32 // of the records that are written; see SetFormat
 
 	mu        sync.RWMutex
 	roots     map[string]RootKeys  // by kind; empty while locked
@@ -86,15 +90,20 @@ func Open(ctx context.Context, s *store.Store, o Options) (*KMS, error) {
 	if o.Logger == nil {
 		o.Logger = slog.New(slog.DiscardHandler)
 	}
-	if o.Now == nil {
-		o.Now = time.Now
-	}
-	k := &KMS{log: o.Logger, now: o.Now, store: s, roots: map[string]RootKeys{}, instances: map[string]*instance{}, unlocked: make(chan struct{})}
+	clock := newClock(o.Now, o.Elapsed)
+	k := &KMS{log: o.Logger, now: clock.Now, clock: clock, store: s, roots: map[string]RootKeys{}, instances: map[string]*instance{}, unlocked: make(chan struct{})}
 	var err error
 	if k.records, err = store.NewCollection(ctx, s, "instance", store.JSON[instanceRecord](1)); err != nil {
 		return nil, fmt.Errorf("kms: %w", err)
 	}
+	if k.clocks, err = store.NewCollection(ctx, s, "clock", store.JSON[clockRecord](1)); err != nil {
+		return nil, fmt.Errorf("kms: %w", err)
+	}
+	if err := k.lookAtClock(ctx); err != nil {
+		return nil, err
+	}
 	k.run, k.stop = context.WithCancel(context.Background())
+	k.done.Go(func() { k.followClock(k.run) })
 	return k, nil
 }
 
@@ -158,6 +167,7 @@ func (k *KMS) Close() {
 		i.close()
 	}
 	k.records.Close()
+	k.clocks.Close()
 }
 
 // open returns the instances that are open now.
@@ -165,54 +175,4 @@ func (k *KMS) open() []*instance {
 	k.mu.RLock()
 	defer k.mu.RUnlock()
 	return slices.Collect(maps.Values(k.instances))
-}
-
-// sweepForever writes the states that dates have brought about, so that they do
-// not hang on this machine's clock for ever, and purges keys whose grace time
-// is over.
-func (k *KMS) sweepForever(ctx context.Context) {
-	tick := time.NewTicker(sweepEvery)
-	defer tick.Stop()
-	for {
-		if err := k.sweep(ctx); err != nil && ctx.Err() == nil {
-			k.log.Error("kms: sweeping objects failed; it is tried again", "after", sweepEvery, "error", err)
-		}
-		select {
-		case <-tick.C:
-		case <-ctx.Done():
-			return
-		}
-	}
-}
-
-func (k *KMS) sweep(ctx context.Context) error {
-	for _, i := range k.open() {
-		if err := k.sweepInstance(ctx, i); err != nil {
-			return err
-		}
-	}
-	return nil
-}
-
-func (k *KMS) sweepInstance(ctx context.Context, i *instance) error {
-	entries, err := i.objects.List(ctx, "")
-	if err != nil && !errors.Is(err, store.ErrDamaged) { // the store has logged each damaged one
-		return err
-	}
-	for _, e := range entries {
-		o, now := *e.Value, k.now()
-		settled := o.settle(now)
-		purged := o.purge(now)
-		if !settled && !purged {
-			continue
-		}
-		if _, err := k.store.Commit(ctx, i.objects.Update(e.Key, e.Revision, &o)); err != nil {
-			if errors.Is(err, store.ErrConflict) || errors.Is(err, store.ErrNotFound) {
-				continue // a client was faster; the next sweep sees to it
-			}
-			return err
-		}
-		k.log.Info("kms: object changed by date", "instance", i.id, "object", e.Key, "state", stateName(o.State), "purged", purged)
-	}
-	return nil
 }

@@ -398,7 +398,10 @@ func (s *Session) read(ctx context.Context, id string) (store.Entry[*object], er
 		}
 		s.synced = true
 	}
-	e.Value = e.Value.settled(s.now())
+	e, err := s.k.settle(ctx, s.inst, e)
+	if err != nil {
+		return e, AsError(err)
+	}
 	return e, nil
 }
 
