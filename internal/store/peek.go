@@ -21,3 +21,14 @@ func (c *Collection[T]) Peek(key string) (e Entry[T], ok bool) {
 	e, err := c.peek(key)
 	return e, err == nil
 }
+
+// Count is how many records the collection has, or how many of them have the
+// term, as the cache has it. It costs nothing.
+func (c *Collection[T]) Count(term ...IndexTerm) int {
+	c.s.cache.mu.RLock()
+	defer c.s.cache.mu.RUnlock()
+	if len(term) == 0 {
+		return len(c.rows)
+	}
+	return c.index.postings[c.index.hash(term[0].Kind, term[0].Value)].len()
+}
