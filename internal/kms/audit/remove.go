@@ -7,6 +7,7 @@ import (
 	"fmt"
 	"os"
 	"path/filepath"
+	"time"
 
 	"mortise/internal/atomicfile"
 )
@@ -111,4 +112,24 @@ func (l *Log) Stats() (s Stats, err error) {
 	}
 	s.Durable = l.Durable()
 	return s, nil
+}
+
+// LastBefore is the number of the last entry in the closed segments that were
+// all written before t; 0 if there is none.
+func (l *Log) LastBefore(t time.Time) (last uint64, err error) {
+	segments, err := list(l.o.Dir, segmentSuffix)
+	if err != nil {
+		return 0, err
+	}
+	for _, first := range segments {
+		h, err := l.headerOf(first)
+		if err != nil {
+			return 0, err
+		}
+		// A segment is made when the one before it is closed.
+		if h.made.Before(t) {
+			last = h.first - 1
+		}
+	}
+	return last, nil
 }
