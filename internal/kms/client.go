@@ -70,6 +70,9 @@ func (k *KMS) Session(ctx context.Context, instanceID string, cert *x509.Certifi
 	if err := e.Value.valid(k.now()); err != nil {
 		return nil, fmt.Errorf("kms: client certificate %q, SHA-256 %x: %w", cert.Subject, sum, err)
 	}
+	if err := k.admitted(); err != nil {
+		return nil, err
+	}
 	return &Session{k: k, inst: inst, synced: true, Actor: Actor{
 		Kind: "certificate", Name: e.Value.Name, Fingerprint: e.Value.Fingerprint, From: from, Instance: inst.id, Role: e.Value.Role,
 	}}, nil

@@ -39,6 +39,8 @@ func AsError(err error) *Error {
 		return known
 	case errors.Is(err, ErrUnknownClient), errors.Is(err, ErrExpired), errors.Is(err, ErrUnknownInstance):
 		return &Error{kmip.ResultReasonPermissionDenied, "the client certificate is no longer accepted", err}
+	case errors.Is(err, ErrQuarantined):
+		return &Error{kmip.ResultReasonPermissionDenied, "the server was restored from a backup and is not released yet", err}
 	case errors.Is(err, store.ErrNotFound):
 		return &Error{kmip.ResultReasonItemNotFound, "no such object", err}
 	case errors.Is(err, store.ErrDamaged):

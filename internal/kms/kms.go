@@ -82,6 +82,8 @@ type KMS struct {
 	run  context.Context // ends with Close
 	stop context.CancelFunc
 	done sync.WaitGroup
+
+	safety
 }
 
 // Open returns the KMS that s holds, locked. The store stays the caller's to
@@ -101,6 +103,9 @@ func Open(ctx context.Context, s *store.Store, o Options) (*KMS, error) {
 	}
 	if err := k.lookAtClock(ctx); err != nil {
 		return nil, err
+	}
+	if k.safety, err = openSafety(ctx, s); err != nil {
+		return nil, fmt.Errorf("kms: %w", err)
 	}
 	k.run, k.stop = context.WithCancel(context.Background())
 	k.done.Go(func() { k.followClock(k.run) })
@@ -149,6 +154,7 @@ func (k *KMS) Unlock(ctx context.Context, providers ...RootKeys) error {
 	}
 	k.roots, k.instances = roots, opened
 	close(k.unlocked)
+	k.done.Go(func() { k.redoActs(k.run) })
 	k.done.Go(func() { k.sweepForever(k.run) })
 	return nil
 }
@@ -167,6 +173,7 @@ func (k *KMS) Close() {
 		i.close()
 	}
 	k.records.Close()
+	k.safety.close()
 	k.clocks.Close()
 }
 
