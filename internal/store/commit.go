@@ -19,7 +19,8 @@ var (
 	ErrConflict = errors.New("changed by somebody else in the meantime")
 	// ErrDamaged: a record does not decode, or fails its seal.
 	ErrDamaged = errors.New("damaged record")
-	// ErrFull: the database has reached its quota and takes no writes.
+	// ErrFull: the database has reached its quota, or its disk is nearly full.
+	// No writes are taken.
 	ErrFull = errors.New("store is full")
 	// ErrUnavailable: no answer from etcd in time. A write may or may not have
 	// been made.
@@ -78,6 +79,9 @@ func (s *Store) Commit(ctx context.Context, ops ...Op) (int64, error) {
 		if o.op != nil {
 			r.Success = append(r.Success, o.op)
 		}
+	}
+	if err := s.room(); err != nil {
+		return 0, fmt.Errorf("store: writing %s: %w", ops[0].at, err)
 	}
 	ctx, done, err := s.led(ctx)
 	if err != nil {

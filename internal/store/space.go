@@ -26,6 +26,12 @@ const (
 	// lowDisk is the free space below which a member warns and gives the lead
 	// away: etcd writes its log ahead in pieces of 64 MB.
 	lowDisk = 256 << 20
+	// diskReserve is the free space below which Commit refuses. etcd ends the
+	// process when a write of its own finds no space, and the next piece of its
+	// log takes 64 MB: refusing in time keeps reads going.
+	diskReserve = 96 << 20
+	// freeFor is how old what Commit knows of the free space may be.
+	freeFor = 100 * time.Millisecond
 	// tendEvery is how often all this is looked at.
 	tendEvery = 30 * time.Second
 )
@@ -54,6 +60,24 @@ func (s *Store) Space(ctx context.Context) (Space, error) {
 	}
 	sp.Full = slices.ContainsFunc(alarms.Alarms, isNoSpace)
 	return sp, nil
+}
+
+// room is ErrFull while the disk of the state folder is nearly full.
+func (s *Store) room() error {
+	now := time.Now().UnixNano()
+	free := s.free.Load()
+	if last := s.looked.Load(); now-last > int64(freeFor) && s.looked.CompareAndSwap(last, now) {
+		var fsys unix.Statfs_t
+		if err := unix.Statfs(s.dir, &fsys); err != nil {
+			return fmt.Errorf("reading the free space of %s: %w", s.dir, err)
+		}
+		free = fsys.Bavail * uint64(fsys.Bsize)
+		s.free.Store(free)
+	}
+	if free < diskReserve {
+		return fmt.Errorf("%w: the disk of %s has %d MB free and needs %d: make room on it", ErrFull, s.dir, free>>20, diskReserve>>20)
+	}
+	return nil
 }
 
 func isNoSpace(a *etcdserverpb.AlarmMember) bool { return a.Alarm == etcdserverpb.AlarmType_NOSPACE }

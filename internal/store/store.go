@@ -20,12 +20,14 @@ import (
 	"errors"
 	"fmt"
 	"log/slog"
+	"math"
 	"net/url"
 	"os"
 	"path/filepath"
 	"runtime"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"time"
 
 	"go.etcd.io/bbolt"
@@ -89,6 +91,9 @@ type Store struct {
 	tendEvery  time.Duration
 	defragSize int64
 
+	looked atomic.Int64  // when free was read, in nanoseconds; 0 at first
+	free   atomic.Uint64 // bytes on the disk
+
 	closing context.Context    // ends when Close begins
 	stop    context.CancelFunc // ends closing and the goroutines counted by done
 	done    sync.WaitGroup
@@ -142,6 +147,7 @@ func (s *Store) start(ctx context.Context, cfg Config) error {
 	}
 	s.client = v3client.New(s.etcd.Server)
 	s.kv = v3rpc.NewQuotaKVServer(s.etcd.Server)
+	s.free.Store(math.MaxUint64) // until Commit looks
 	s.closing, s.stop = context.WithCancel(context.Background())
 	s.closed = sync.OnceValue(s.shutDown)
 	s.initReign()
