@@ -5,7 +5,9 @@ import (
 	"fmt"
 	"net"
 	"os"
+	"os/signal"
 	"path/filepath"
+	"syscall"
 
 	"github.com/coreos/go-systemd/v22/daemon"
 	"github.com/spf13/cobra"
@@ -65,7 +67,8 @@ MORTISE_PASSPHRASE_FILE names, or from the systemd credential kms-passphrase.
 
 Clients are known by their certificates, which are pinned one by one; see
 mortise kms client. The server's own certificate is made at the first start;
-clients trust it by its thumbprint, which the log tells.`,
+clients trust it by its thumbprint, which the log tells. A new certificate in the
+same files is used within seconds, or at once on SIGHUP; open connections go on.`,
 		Example: `  mortise kms serve --passphrase-file /etc/mortise/kms.passphrase
   mortise kms serve --config /etc/mortise/kms.toml`,
 		Args: cobra.NoArgs,
@@ -107,10 +110,13 @@ func serveKMS(ctx context.Context, cfg kmsConfig, isDev bool) error {
 		return err
 	}
 	defer root.Wipe()
-	creds, err := kmsCredentials(cfg)
+	creds, certificate, key, err := kmsCredentials(cfg)
 	if err != nil {
 		return err
 	}
+	reload := make(chan os.Signal, 1)
+	signal.Notify(reload, syscall.SIGHUP)
+	defer signal.Stop(reload)
 	s, err := store.Open(ctx, store.Config{Dir: filepath.Join(cfg.StateDir, "store"), Name: "kms-1", Logger: log})
 	if err != nil {
 		return err
@@ -148,6 +154,10 @@ func serveKMS(ctx context.Context, cfg kmsConfig, isDev bool) error {
 		log.Warn("systemd could not be told that the server is ready", "error", err)
 	}
 	g, ctx := errgroup.WithContext(ctx)
+	g.Go(func() error {
+		creds.Follow(ctx, certificate, key, reload, log)
+		return nil
+	})
 	g.Go(func() error { return api.ServeSocket(ctx, socket) })
 	if https != nil {
 		g.Go(func() error { return api.ServeHTTPS(ctx, https, creds) })
@@ -156,9 +166,13 @@ func serveKMS(ctx context.Context, cfg kmsConfig, isDev bool) error {
 	return g.Wait()
 }
 
-func kmsCredentials(cfg kmsConfig) (*pki.Credentials, error) {
+// kmsCredentials are the server's own, and the files they are in.
+func kmsCredentials(cfg kmsConfig) (c *pki.Credentials, certificate, key string, err error) {
 	if cfg.TLSCert != "" || cfg.TLSKey != "" {
-		return pki.LoadCredentials(cfg.TLSCert, cfg.TLSKey)
+		c, err = pki.LoadCredentials(cfg.TLSCert, cfg.TLSKey)
+		return c, cfg.TLSCert, cfg.TLSKey, err
 	}
-	return endpoint(cfg.StateDir, "kmip", cfg.Listen)
+	c, err = endpoint(cfg.StateDir, "kmip", cfg.Listen)
+	own := filepath.Join(cfg.StateDir, "kmip.pem")
+	return c, own, own, err
 }

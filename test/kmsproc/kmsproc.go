@@ -17,6 +17,7 @@ import (
 	"path/filepath"
 	"strings"
 	"sync"
+	"syscall"
 	"time"
 
 	"mortise/internal/pki"
@@ -150,7 +151,12 @@ func (s *Server) Stop() error {
 	if s.cmd == nil || s.ended == nil {
 		return nil
 	}
-	_ = s.cmd.Process.Signal(os.Interrupt)
+	select {
+	case <-s.ended:
+		return s.err
+	default:
+	}
+	_ = s.cmd.Process.Signal(syscall.SIGTERM)
 	select {
 	case <-s.ended:
 		return s.err
