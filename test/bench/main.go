@@ -61,7 +61,8 @@ func run(ctx context.Context, groups []group, names []string) error {
 	return nil
 }
 
-// A figure compares two rates of one unit.
+// A figure compares two rates of one unit. Where there is a limit and no peer,
+// the ratio is 1 when the limit is just reached, and more is better.
 type figure struct {
 	name       string // group/what
 	ours, peer float64
