@@ -16,6 +16,7 @@ import (
 	"mortise/internal/cli/kmscli"
 	"mortise/internal/kms"
 	"mortise/internal/kms/admin"
+	"mortise/internal/kms/backup"
 	"mortise/internal/kms/kmipd"
 	"mortise/internal/pki"
 	"mortise/internal/secret"
@@ -48,6 +49,7 @@ file that only the passphrase opens.
 	}
 	cmd.AddCommand(kmsServe())
 	kmscli.Add(cmd)
+	kmscli.AddRestore(cmd, kmsRestorer())
 	return cmd
 }
 
@@ -104,6 +106,9 @@ func serveKMS(ctx context.Context, cfg kmsConfig, isDev bool) error {
 	}
 	if err := checkState(cfg.StateDir, isDev); err != nil {
 		return err
+	}
+	if backup.Interrupted(cfg.StateDir) {
+		return fmt.Errorf("a restore to %s was interrupted: run it again", cfg.StateDir)
 	}
 	root, err := rootKey(cfg.StateDir, cfg.PassphraseFile, "kms-passphrase")
 	if err != nil {

@@ -85,11 +85,23 @@ func (k *KMS) Backup(ctx context.Context, by Actor, sink BackupSink) (Backup, er
 	if err != nil {
 		return b, err
 	}
+	// What can fail does so before the first byte.
+	shares, err := k.shareRootKeys(ctx, needed[KindFile])
+	defer func() {
+		for _, s := range shares {
+			s.Wipe()
+		}
+	}()
+	if err != nil {
+		return b, fmt.Errorf("kms: backing up the root keys: %w", err)
+	}
 	if err := sink.Header(BackupHeader{b.ID, b.Time, needed}); err != nil {
 		return b, err
 	}
-	if err := k.backUpRootKeys(ctx, needed[KindFile], sink); err != nil {
-		return b, fmt.Errorf("kms: backing up the root keys: %w", err)
+	for _, s := range shares {
+		if err := sink.RootKeys(KindFile, s); err != nil {
+			return b, err
+		}
 	}
 	b.Revision, err = k.store.Export(ctx, func(r store.Record) error {
 		if LeftOutOfBackup(r.Collection) {
@@ -136,32 +148,29 @@ func (k *KMS) beginBackup(ctx context.Context, by Actor) (b Backup, needed map[s
 	return b, needed, nil
 }
 
-func (k *KMS) backUpRootKeys(ctx context.Context, ids []string, sink BackupSink) error {
+// shareRootKeys returns the root keys, the caller's to wipe, after an error too.
+func (k *KMS) shareRootKeys(ctx context.Context, ids []string) (shares []*secret.Key, err error) {
 	if len(ids) == 0 {
-		return nil
+		return nil, nil
 	}
 	k.mu.RLock()
 	root := k.roots[KindFile]
 	k.mu.RUnlock()
 	if root == nil {
-		return ErrLocked
+		return nil, ErrLocked
 	}
 	keys, ok := root.(sharer)
 	if !ok {
-		return errors.New("this root-key provider cannot hand on its keys")
+		return nil, errors.New("this root-key provider cannot hand on its keys")
 	}
 	for chunk := range slices.Chunk(ids, backupShare) {
 		share, err := keys.Share(ctx, chunk)
 		if err != nil {
-			return err
+			return shares, err
 		}
-		err = sink.RootKeys(KindFile, share)
-		share.Wipe()
-		if err != nil {
-			return err
-		}
+		shares = append(shares, share)
 	}
-	return nil
+	return shares, nil
 }
 
 // checkCRKs makes sure that a backed-up instance opens with the CRKs of its

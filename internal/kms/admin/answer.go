@@ -14,7 +14,7 @@ import (
 // answer with a status of 400 and above, and what [Client]'s methods return.
 type Error struct {
 	Status  int    `json:"-"`
-	Code    string `json:"code" doc:"what went wrong, for programs: bad_request, unauthenticated, forbidden, not_found, no_such_call, exists, conflict, confirm, quota, locked, unavailable, internal"`
+	Code    string `json:"code" doc:"what went wrong, for programs: bad_request, unauthenticated, forbidden, not_found, no_such_call, exists, conflict, confirm, quota, locked, unavailable, quarantined, internal"`
 	Message string `json:"error" doc:"what went wrong, for people"`
 	// Confirm is set when the call would lose keys: it goes through when it is
 	// repeated with the hash.
@@ -44,6 +44,8 @@ func classify(err error) (status int, code string) {
 		return http.StatusConflict, "quota"
 	case errors.Is(err, kms.ErrInvalid), errors.Is(err, kms.ErrExpired):
 		return http.StatusBadRequest, "bad_request"
+	case errors.Is(err, kms.ErrQuarantined):
+		return http.StatusServiceUnavailable, "quarantined"
 	case errors.Is(err, kms.ErrLocked):
 		return http.StatusServiceUnavailable, "locked"
 	case errors.Is(err, store.ErrNotFound):

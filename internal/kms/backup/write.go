@@ -68,24 +68,30 @@ func ToRecipients(texts []string) (list []age.Recipient, err error) {
 // A Writer writes a backup; it is a [kms.BackupSink]. Nothing of it is a backup
 // until Close has returned nil.
 type Writer struct {
-	age   io.WriteCloser
+	to         io.Writer
+	recipients []age.Recipient
+
+	age   io.WriteCloser // nil before the first frame
 	buf   *bufio.Writer
 	stage byte // the last frame's letter, 0 before the first
 	ended end
 	frame []byte // reused
 }
 
-// NewWriter begins a backup.
-func NewWriter(to io.Writer, recipients ...age.Recipient) (*Writer, error) {
-	w, err := age.Encrypt(to, recipients...)
-	if err != nil {
-		return nil, fmt.Errorf("backup: %w", err)
+// NewWriter makes a writer. It writes nothing before the first call.
+func NewWriter(to io.Writer, recipients ...age.Recipient) *Writer {
+	return &Writer{to: to, recipients: recipients}
+}
+
+func (w *Writer) begin() (err error) {
+	if w.age, err = age.Encrypt(w.to, w.recipients...); err != nil {
+		return fmt.Errorf("backup: %w", err)
 	}
-	b := bufio.NewWriterSize(w, 64<<10)
-	if _, err := b.WriteString(magic); err != nil {
-		return nil, fmt.Errorf("backup: writing: %w", err)
+	w.buf = bufio.NewWriterSize(w.age, 64<<10)
+	if _, err := w.buf.WriteString(magic); err != nil {
+		return fmt.Errorf("backup: writing: %w", err)
 	}
-	return &Writer{age: w, buf: b}, nil
+	return nil
 }
 
 // Header is called once, first.
@@ -144,6 +150,11 @@ func (w *Writer) put(letter byte, frame []byte) error {
 	if !follows(w.stage, letter) {
 		return fmt.Errorf("backup: a frame %c after a frame %c", letter, w.stage)
 	}
+	if w.stage == 0 {
+		if err := w.begin(); err != nil {
+			return err
+		}
+	}
 	w.stage = letter
 	var head [5]byte
 	head[0] = letter
@@ -173,10 +184,7 @@ func follows(last, next byte) bool {
 // Write writes a backup of a running KMS and returns what was recorded of it.
 // After an error, what was written is no backup, and readers refuse it.
 func Write(ctx context.Context, k *kms.KMS, by kms.Actor, to io.Writer, recipients ...age.Recipient) (kms.Backup, error) {
-	w, err := NewWriter(to, recipients...)
-	if err != nil {
-		return kms.Backup{}, err
-	}
+	w := NewWriter(to, recipients...)
 	b, err := k.Backup(ctx, by, w)
 	if err != nil {
 		return b, err
