@@ -8,6 +8,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"io/fs"
 	"net"
 	"os"
 	"path/filepath"
@@ -89,28 +90,38 @@ type kmsBench struct {
 	stop       func() error
 }
 
-func startKMS(ctx context.Context, dir string) (*kmsBench, error) {
-	b := &kmsBench{}
-	var err error
-	if b.store, err = store.Open(ctx, store.Config{Dir: filepath.Join(dir, "state"), Name: "kms"}); err != nil {
-		return nil, err
+// openKMS opens the KMS in dir, and makes it if there is none.
+func openKMS(ctx context.Context, dir string) (*store.Store, *kms.KMS, error) {
+	s, err := store.Open(ctx, store.Config{Dir: filepath.Join(dir, "state"), Name: "kms"})
+	if err != nil {
+		return nil, nil, err
 	}
 	pass, err := secret.Copy([]byte("bench"))
 	if err != nil {
-		return nil, err
+		return nil, nil, err
 	}
-	root, err := rootkey.Create(filepath.Join(dir, "root.key"), pass, 10)
+	path := filepath.Join(dir, "root.key")
+	root, err := rootkey.Open(path, pass)
+	if errors.Is(err, fs.ErrNotExist) {
+		root, err = rootkey.Create(path, pass, 10)
+	}
 	if err != nil {
-		return nil, err
+		return nil, nil, err
 	}
-	k, err := kms.Open(ctx, b.store, kms.Options{})
+	k, err := kms.Open(ctx, s, kms.Options{})
 	if err != nil {
+		return nil, nil, err
+	}
+	return s, k, k.Unlock(ctx, kms.SingleCRK(root))
+}
+
+func startKMS(ctx context.Context, dir string) (*kmsBench, error) {
+	b := &kmsBench{}
+	var err error
+	if b.store, b.kms, err = openKMS(ctx, dir); err != nil {
 		return nil, err
 	}
-	if err := k.Unlock(ctx, kms.SingleCRK(root)); err != nil {
-		return nil, err
-	}
-	b.kms = k
+	k := b.kms
 	now := time.Now()
 	serverKey, err := pki.GenerateKey()
 	if err != nil {
@@ -149,7 +160,7 @@ func startKMS(ctx context.Context, dir string) (*kmsBench, error) {
 		return nil, err
 	}
 	b.addr, b.bare = ours.Addr().String(), bare.Addr().String()
-	b.tls = &tls.Config{RootCAs: pool, ServerName: "localhost", Certificates: []tls.Certificate{{Certificate: [][]byte{client.Raw}, PrivateKey: clientKey}}}
+	b.tls = &tls.Config{RootCAs: pool, ServerName: "localhost", Certificates: []tls.Certificate{{Certificate: [][]byte{client.Raw}, PrivateKey: clientKey, Leaf: client}}}
 
 	run, cancel := context.WithCancel(ctx)
 	served := make(chan error, 1)
