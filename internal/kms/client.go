@@ -73,9 +73,16 @@ func (k *KMS) Session(ctx context.Context, instanceID string, cert *x509.Certifi
 	if err := k.admitted(); err != nil {
 		return nil, err
 	}
-	return &Session{k: k, inst: inst, synced: true, Actor: Actor{
-		Kind: "certificate", Name: e.Value.Name, Fingerprint: e.Value.Fingerprint, From: from, Instance: inst.id, Role: e.Value.Role,
-	}}, nil
+	s := inst.session(k, e, from)
+	s.synced = true
+	return s, nil
+}
+
+// session is one of the holder of a client's record.
+func (i *instance) session(k *KMS, e store.Entry[Client], from string) *Session {
+	return &Session{k: k, inst: i, Actor: Actor{
+		Kind: "certificate", Name: e.Value.Name, Fingerprint: e.Value.Fingerprint, From: from, Instance: i.id, Role: e.Value.Role,
+	}}
 }
 
 func (c *Client) valid(now time.Time) error {

@@ -121,8 +121,7 @@ func newServer(k *kms.KMS, o Options) (*server, error) {
 func (s *server) admit(cert *x509.Certificate) error {
 	ctx, cancel := context.WithTimeout(context.Background(), s.HandshakeTimeout)
 	defer cancel()
-	_, err := s.kms.Session(ctx, s.Instance, cert, "")
-	return err
+	return s.kms.Admit(ctx, s.Instance, cert)
 }
 
 // Serve answers KMIP on l until ctx ends, then closes l and idle connections,
