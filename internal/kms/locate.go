@@ -53,7 +53,14 @@ func (s *Session) Locate(ctx context.Context, q Query) (ids []string, total int,
 		if err != nil { // damaged; the store has logged it
 			continue
 		}
-		ok, err := f.match(e.Key, e.Value.settled(now))
+		if e.Value.settled(now).State != e.Value.State { // its date has come: all members must hear of it
+			if e, err = s.k.settle(ctx, s.inst, e); errors.Is(err, store.ErrNotFound) {
+				continue
+			} else if err != nil {
+				return nil, 0, AsError(err)
+			}
+		}
+		ok, err := f.match(e.Key, e.Value)
 		switch {
 		case err != nil:
 			return nil, 0, AsError(err)

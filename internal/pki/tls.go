@@ -107,7 +107,7 @@ func (m Mutual) Server(admit func(Identity, *x509.Certificate) error) *tls.Confi
 }
 
 // Client is the configuration of the calling side, which wants to reach the
-// given identity and nobody else.
+// given identity and nobody else; an empty name means anybody in the role.
 func (m Mutual) Client(want Identity) *tls.Config {
 	return &tls.Config{
 		MinVersion:           tls.VersionTLS13,
@@ -119,12 +119,16 @@ func (m Mutual) Client(want Identity) *tls.Config {
 			if err != nil {
 				return err
 			}
-			if id != want {
-				return fmt.Errorf("pki: wanted %s, found %s: %w", want, id, ErrOtherIdentity)
-			}
-			return nil
+			return expect(want, id)
 		},
 	}
+}
+
+func expect(want, id Identity) error {
+	if id.Role != want.Role || want.Name != "" && id.Name != want.Name {
+		return fmt.Errorf("pki: wanted %s, found %s: %w", want, id, ErrOtherIdentity)
+	}
+	return nil
 }
 
 func (m Mutual) verify(s tls.ConnectionState, use x509.ExtKeyUsage) (Identity, error) {
@@ -186,8 +190,9 @@ func HTTPSServer(c *Credentials) *tls.Config {
 }
 
 // JoinClient is the configuration with which the holder of a token calls the
-// center that issued it. The center must show its certificate and its CA's, and
-// that CA must be the token's: only then may the token's secret be sent.
+// center or key server that issued it. That must show its certificate and its
+// CA's, and the CA must be the token's: only then may the token's secret be sent.
+// want is as for [Mutual.Client].
 func JoinClient(ca [sha256.Size]byte, want Identity, now func() time.Time) *tls.Config {
 	return &tls.Config{
 		MinVersion:         tls.VersionTLS13,
@@ -202,10 +207,7 @@ func JoinClient(ca [sha256.Size]byte, want Identity, now func() time.Time) *tls.
 			if err != nil {
 				return err
 			}
-			if id != want {
-				return fmt.Errorf("pki: wanted %s, found %s: %w", want, id, ErrOtherIdentity)
-			}
-			return nil
+			return expect(want, id)
 		},
 	}
 }
@@ -217,5 +219,5 @@ func FindCA(chain []*x509.Certificate, sum [sha256.Size]byte) (*x509.Certificate
 			return c, nil
 		}
 	}
-	return nil, fmt.Errorf("pki: the server does not show the CA that the token names (%s): it is another center, or somebody in between: %w", FormatThumbprint(sum), ErrUntrusted)
+	return nil, fmt.Errorf("pki: the server does not show the CA that the token names (%s): it belongs to somebody else, or somebody is in between: %w", FormatThumbprint(sum), ErrUntrusted)
 }

@@ -77,8 +77,12 @@ func (s *Store) ID() (member, cluster uint64) {
 // Leader returns the id of the leader, 0 if none is known.
 func (s *Store) Leader() uint64 { return uint64(s.etcd.Server.Leader()) }
 
-// Learner tells whether this member does not vote yet.
-func (s *Store) Learner() bool { return s.etcd.Server.IsLearner() }
+// Learner tells whether this member does not vote yet. One that was removed is
+// no learner.
+func (s *Store) Learner() bool {
+	m := s.etcd.Server.Cluster().Member(s.etcd.Server.MemberID())
+	return m != nil && m.IsLearner
+}
 
 // Stopped returns a channel that is closed when etcd has ended without being
 // told to, which is what a removed member's does.

@@ -1,0 +1,264 @@
+package cluster
+
+import (
+	"bytes"
+	"context"
+	"crypto/tls"
+	"crypto/x509"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io"
+	"net"
+	"net/http"
+	"time"
+
+	"mortise/internal/kms"
+	"mortise/internal/pki"
+	"mortise/internal/secret"
+	"mortise/internal/store"
+)
+
+// A Sharer is a root-key provider whose keys members hand each other; every
+// [kms.RootKeys] of more than one key is one.
+type Sharer interface {
+	kms.RootKeys
+	// Share returns the root keys of those ids, as far as they are there.
+	Share(ctx context.Context, ids []string) (*secret.Key, error)
+	// Adopt keeps what Share returned on another member.
+	Adopt(ctx context.Context, share *secret.Key) error
+}
+
+// status is how one member is doing, for the others.
+type status struct {
+	Name     string `json:"name"`
+	Time     int64  `json:"time"` // of its clock, nanoseconds since 1970
+	Unlocked bool   `json:"unlocked"`
+}
+
+// shareRequest asks for root keys of a kind; no ids means all there are.
+type shareRequest struct {
+	Kind string   `json:"kind"`
+	IDs  []string `json:"ids,omitempty"`
+}
+
+// callHandler serves members. Who calls was checked when the connection came,
+// and connections of removed members are cut.
+func (n *Node) callHandler() http.Handler {
+	mux := http.NewServeMux()
+	mux.HandleFunc("GET /v1/status", func(w http.ResponseWriter, r *http.Request) {
+		n.mu.Lock()
+		defer n.mu.Unlock()
+		s := status{Name: n.Name, Unlocked: len(n.keys) > 0}
+		if n.kms != nil {
+			s.Time = n.kms.Clock().Wall().UnixNano()
+		}
+		reply(w, s, nil)
+	})
+	mux.HandleFunc("POST /v1/keys", func(w http.ResponseWriter, r *http.Request) {
+		var req shareRequest
+		if err := decode(w, r, &req); err != nil {
+			reply(w, nil, err)
+			return
+		}
+		share, err := n.share(r.Context(), req)
+		if err != nil {
+			reply(w, nil, err)
+			return
+		}
+		defer share.Wipe()
+		n.log.Info("root keys were handed to a member", "kind", req.Kind, "from", r.RemoteAddr)
+		w.Header().Set("Content-Type", "application/octet-stream")
+		share.Use(func(b []byte) { w.Write(b) })
+	})
+	return mux
+}
+
+func (n *Node) share(ctx context.Context, req shareRequest) (*secret.Key, error) {
+	n.mu.Lock()
+	keys := n.keys
+	n.mu.Unlock()
+	if len(keys) == 0 {
+		return nil, ErrLocked
+	}
+	for _, k := range keys {
+		sharer, can := k.(Sharer)
+		if !can || k.Kind() != req.Kind {
+			continue
+		}
+		ids := req.IDs
+		if len(ids) == 0 {
+			var err error
+			if ids, err = k.List(ctx); err != nil {
+				return nil, err
+			}
+		}
+		return sharer.Share(ctx, ids)
+	}
+	return nil, fmt.Errorf("%w: no root keys of kind %q are here", ErrInvalid, short(req.Kind))
+}
+
+// Unlocked gives the node the open root-key providers: from now on it certifies
+// new members and hands keys to peers that lack them.
+func (n *Node) Unlocked(keys ...kms.RootKeys) {
+	n.mu.Lock()
+	defer n.mu.Unlock()
+	n.keys = keys
+}
+
+// FetchKeys asks the other members for root keys, all that there are when no ids
+// are given, until one has some, and gives them to the provider. ErrNoPeer tells
+// that no other member is there or unlocked.
+func (n *Node) FetchKeys(ctx context.Context, to Sharer, ids ...string) error {
+	peers, err := n.peers(ctx)
+	if err != nil {
+		return err
+	}
+	body, err := json.Marshal(shareRequest{to.Kind(), ids})
+	if err != nil {
+		return err
+	}
+	failures := []error{ErrNoPeer}
+	for name, address := range peers {
+		text, err := n.call(ctx, name, address, http.MethodPost, "/v1/keys", body)
+		if err != nil {
+			failures = append(failures, fmt.Errorf("%s: %w", name, err))
+			continue
+		}
+		share, err := secret.Take(text)
+		if err != nil {
+			return err
+		}
+		err = to.Adopt(ctx, share)
+		share.Wipe()
+		if err != nil {
+			return fmt.Errorf("cluster: keeping the root keys from %s: %w", name, err)
+		}
+		n.log.Info("root keys came from a peer", "peer", name)
+		return nil
+	}
+	return fmt.Errorf("cluster: asking for root keys: %w", errors.Join(failures...))
+}
+
+// compareClocks tells the KMS how far the other members' clocks are from this
+// one's, as far as the way there and back lets it see.
+func (n *Node) compareClocks() {
+	for n.run.Err() == nil {
+		ctx, cancel := context.WithTimeout(n.run, n.every)
+		peers, err := n.peers(ctx)
+		if err == nil {
+			clocks := map[string]kms.Offset{}
+			for name, address := range peers {
+				sent := n.kms.Clock().Wall()
+				began := time.Now()
+				text, err := n.call(ctx, name, address, http.MethodGet, "/v1/status", nil)
+				if err != nil {
+					continue
+				}
+				took := time.Since(began)
+				var s status
+				if json.Unmarshal(text, &s) != nil || s.Time == 0 {
+					continue
+				}
+				clocks[name] = kms.Offset{By: time.Unix(0, s.Time).Sub(sent.Add(took / 2)), Within: took / 2}
+			}
+			n.kms.Clock().Compare(clocks)
+		}
+		cancel()
+		n.pause(n.every)
+	}
+}
+
+// call asks one member.
+func (n *Node) call(ctx context.Context, name, address, method, path string, body []byte) ([]byte, error) {
+	ctx, cancel := context.WithTimeout(ctx, 10*time.Second)
+	defer cancel()
+	m := pki.Mutual{Credentials: n.creds, CAs: []*x509.Certificate{n.ca}, Now: n.now}
+	config := m.Client(identity(name))
+	config.NextProtos = []string{protoCalls}
+	client := &http.Client{Transport: &http.Transport{
+		DisableKeepAlives: true,
+		DialTLSContext: func(ctx context.Context, _, at string) (net.Conn, error) {
+			return (&tls.Dialer{Config: config}).DialContext(ctx, "tcp", at)
+		},
+	}}
+	req, err := http.NewRequestWithContext(ctx, method, "https://"+address+path, bytes.NewReader(body))
+	if err != nil {
+		return nil, err
+	}
+	resp, err := client.Do(req)
+	if err != nil {
+		return nil, err
+	}
+	defer resp.Body.Close()
+	// A share of keys is in this buffer and in the one it becomes, no third.
+	text := make([]byte, 0, min(max(resp.ContentLength, 512), maxBody))
+	for {
+		k, err := resp.Body.Read(text[len(text):cap(text)])
+		text = text[:len(text)+k]
+		if errors.Is(err, io.EOF) {
+			break
+		}
+		if err == nil && len(text) == cap(text) {
+			if len(text) >= maxBody {
+				err = errors.New("the answer is too long")
+			} else {
+				old := text
+				text = append(make([]byte, 0, 2*cap(old)), old...)
+				clear(old)
+			}
+		}
+		if err != nil {
+			clear(text)
+			return nil, err
+		}
+	}
+	return text, refusal(resp.StatusCode, text)
+}
+
+func decode(w http.ResponseWriter, r *http.Request, v any) error {
+	d := json.NewDecoder(http.MaxBytesReader(w, r.Body, maxBody))
+	d.DisallowUnknownFields()
+	if err := d.Decode(v); err != nil {
+		return fmt.Errorf("%w: %w", ErrInvalid, err)
+	}
+	return nil
+}
+
+func reply(w http.ResponseWriter, v any, err error) {
+	code := http.StatusOK
+	switch {
+	case err == nil:
+	case errors.Is(err, ErrInvalid), errors.Is(err, ErrTooOld):
+		code = http.StatusBadRequest
+	case errors.Is(err, pki.ErrTokenRefused), errors.Is(err, pki.ErrTokenExpired), errors.Is(err, pki.ErrTokenSpent):
+		code = http.StatusForbidden
+	case errors.Is(err, ErrMemberExists), errors.Is(err, store.ErrMemberExists), errors.Is(err, store.ErrOneAtATime):
+		code = http.StatusConflict
+	case errors.Is(err, ErrLocked), errors.Is(err, store.ErrUnavailable), errors.Is(err, store.ErrUnhealthy):
+		code = http.StatusServiceUnavailable
+	default:
+		code = http.StatusInternalServerError
+	}
+	if err != nil {
+		v = map[string]string{"error": err.Error()}
+	}
+	w.Header().Set("Content-Type", "application/json")
+	w.WriteHeader(code)
+	json.NewEncoder(w).Encode(v)
+}
+
+// refusal is the error in an answer, nil for a good one.
+func refusal(code int, text []byte) error {
+	if code == http.StatusOK {
+		return nil
+	}
+	var e struct{ Error string }
+	if json.Unmarshal(text, &e) != nil || e.Error == "" {
+		e.Error = http.StatusText(code)
+	}
+	if code == http.StatusServiceUnavailable {
+		return fmt.Errorf("%w: %s", store.ErrUnavailable, e.Error)
+	}
+	return errors.New(e.Error)
+}
