@@ -27,6 +27,7 @@ type torture struct {
 	flushing bool           // the guest
 	bug      func(*torture) // put in on purpose once the disk is made
 	leaky    bool           // one: the guest writes into the hot zone
+	wrong    error          // what a read in the middle of a conversion found
 }
 
 // A sectorModel has the content that the guest sees, and what it was at the last
@@ -65,7 +66,7 @@ func (x *torture) guest(n int) error {
 		from, to := int64(0), x.size
 		if x.leaky && x.r.IntN(4) == 0 {
 			defer func(end int64) { e.hotEnd = end }(e.hotEnd)
-			e.hotEnd = e.boundary
+			e.hotEnd = 0
 		}
 		if e.boundary < e.hotEnd {
 			if x.r.IntN(2) == 0 {
@@ -76,6 +77,11 @@ func (x *torture) guest(n int) error {
 		}
 		if to-from < SectorSize {
 			continue
+		}
+		if x.r.IntN(3) == 0 {
+			if err := x.glance(); err != nil {
+				return err
+			}
 		}
 		off := from + x.r.Int64N((to-from)/SectorSize)*SectorSize
 		size := min(to-off, (1+x.r.Int64N(20))*SectorSize)
@@ -118,6 +124,23 @@ func (x *torture) guest(n int) error {
 		}
 		if err != nil {
 			return err
+		}
+	}
+	return nil
+}
+
+// glance reads some sectors, hot or not, and compares them with what the guest
+// wrote.
+func (x *torture) glance() error {
+	i := x.r.IntN(len(x.sectors))
+	n := min(len(x.sectors)-i, 1+x.r.IntN(40))
+	b := make([]byte, n*SectorSize)
+	if err := x.d.ReadAt(b, int64(i)*SectorSize); err != nil {
+		return err
+	}
+	for j := range n {
+		if got, want := string(b[j*SectorSize:][:SectorSize]), x.sectors[i+j].now; got != want && x.wrong == nil {
+			x.wrong = fmt.Errorf("sector %d: read %x…, want %x…", i+j, got[:8], want[:8])
 		}
 	}
 	return nil
@@ -258,6 +281,9 @@ func (x *torture) run(crashes int) error {
 			err := x.step()
 			if err == nil {
 				err = x.live()
+			}
+			if x.wrong != nil {
+				return x.wrong
 			}
 			if err == nil {
 				continue

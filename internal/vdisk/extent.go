@@ -34,6 +34,14 @@ const chunk = 256 << 10
 // Every request holds gate shared while it runs. The converter takes it
 // exclusively for an instant to move a limit: requests that started under the
 // old limits have ended by then.
+//
+// While a conversion runs, the extent is, from its beginning:
+//
+//	[0, boundary)          in the target's form
+//	[boundary, hotEnd)     being rewritten: writes wait, reads of what is half
+//	                       rewritten come from the zone's buffer
+//	next, behind hotEnd    being read by the converter: writes are noted
+//	the rest               in the source's form
 type extent struct {
 	name string
 	f    file
@@ -41,9 +49,15 @@ type extent struct {
 	gate         sync.RWMutex
 	below, above *xts.Cipher
 	boundary     int64         // bytes, on a unit
-	hotEnd       int64         // requests to [boundary, hotEnd) wait for moved
+	hotEnd       int64         // writes to [boundary, hotEnd) wait for moved
+	hot          *zone         // that is being written; nil: what is below hotEnd has the source's form
+	next         *zone         // laid out and not hot yet
 	moved        chan struct{} // closed when the limits have changed
-	stuck        error         // why the hot zone will not move
+	stuck        error         // why the hot zone will not move; reads of it fail too
+
+	requests atomic.Uint64 // reads, writes and zeroings so far: whether a guest is busy
+	holes    atomic.Uint64 // zeroings so far
+	settled  atomic.Uint64 // those of holes that are durable
 
 	dead atomic.Pointer[Error] // why every request is refused from now on
 }
@@ -62,10 +76,22 @@ func (e *extent) sync() error {
 	if dead := e.dead.Load(); dead != nil {
 		return dead
 	}
+	holes := e.holes.Load()
 	if err := e.f.Sync(); err != nil {
 		return e.fail(err)
 	}
+	e.settled.Store(max(holes, e.settled.Load()))
 	return nil
+}
+
+// settle makes the holes durable that requests have made: before the boundary
+// passes a hole, for a hole that a power cut takes back would be old data in the
+// target's place.
+func (e *extent) settle() error {
+	if e.holes.Load() == e.settled.Load() {
+		return nil
+	}
+	return e.sync()
 }
 
 // close refuses further requests, waits for those that run, and releases the
@@ -79,7 +105,7 @@ func (e *extent) close() error {
 
 // form makes the extent one of a single form.
 func (e *extent) form(c *xts.Cipher) {
-	e.set(func() { e.below, e.above, e.boundary, e.hotEnd = c, c, 0, 0 })
+	e.set(func() { e.below, e.above, e.boundary, e.hotEnd, e.hot, e.next = c, c, 0, 0, nil, nil })
 }
 
 // set changes what gate protects and wakes the requests that wait.
@@ -93,8 +119,10 @@ func (e *extent) set(change func()) {
 	e.moved = make(chan struct{})
 }
 
-// enter waits until [off, off+n) is outside the hot zone and holds gate shared.
+// enter waits until a change of [off, off+n) is outside the hot zone and holds
+// gate shared.
 func (e *extent) enter(off, n int64) error {
+	e.requests.Add(1)
 	for {
 		e.gate.RLock()
 		if dead := e.dead.Load(); dead != nil {
@@ -113,14 +141,32 @@ func (e *extent) enter(off, n int64) error {
 	}
 }
 
+// look holds gate shared for a read of [off, off+n), which never waits.
+func (e *extent) look(off, n int64) error {
+	e.requests.Add(1)
+	e.gate.RLock()
+	var err error
+	if dead := e.dead.Load(); dead != nil {
+		err = dead
+	} else if e.stuck != nil && off < e.hotEnd && off+n > e.boundary {
+		err = e.stuck
+	}
+	if err != nil {
+		e.gate.RUnlock()
+	}
+	return err
+}
+
 func (e *extent) read(p []byte, off int64) error {
-	if err := e.enter(off, int64(len(p))); err != nil {
+	if err := e.look(off, int64(len(p))); err != nil {
 		return err
 	}
 	defer e.gate.RUnlock()
 	for len(p) > 0 {
 		c, n := e.part(len(p), off)
-		if err := readFull(e.f, p[:n], off); err != nil {
+		if z := e.hot; z != nil && off >= z.start && off < z.end {
+			c, n = e.below, copy(p[:n], z.buf[off-z.start:])
+		} else if err := readFull(e.f, p[:n], off); err != nil {
 			return e.readError(err, off)
 		}
 		if c != nil {
@@ -137,6 +183,9 @@ func (e *extent) write(p []byte, off int64) error {
 		return err
 	}
 	defer e.gate.RUnlock()
+	if e.next != nil {
+		e.next.note(off, int64(len(p)), false)
+	}
 	for len(p) > 0 {
 		c, n := e.part(len(p), off)
 		if c != nil {
@@ -160,6 +209,11 @@ func (e *extent) part(n int, off int64) (*xts.Cipher, int) {
 	if c == nil && off >= e.boundary {
 		limit = int64(n) // nothing to gain from small pieces
 	}
+	if z := e.hot; z != nil && off < z.start {
+		limit = min(limit, z.start-off)
+	} else if z != nil && off < z.end {
+		limit = min(limit, z.end-off)
+	}
 	return c, int(min(int64(n), limit))
 }
 
@@ -169,6 +223,10 @@ func (e *extent) zero(off, n int64, punch bool) error {
 		return err
 	}
 	defer e.gate.RUnlock()
+	if e.next != nil {
+		e.next.note(off, n, true)
+	}
+	defer e.holes.Add(1)
 	if punch {
 		return e.f.Punch(off, n)
 	}

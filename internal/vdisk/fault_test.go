@@ -53,6 +53,13 @@ func (f *faultFile) WriteAt(p []byte, off int64) (int, error) {
 	return f.file.WriteAt(p, off)
 }
 
+func (f *faultFile) WriteDurably(p []byte, off int64) error {
+	if _, err := f.WriteAt(p, off); err != nil {
+		return err
+	}
+	return f.Sync()
+}
+
 func (f *faultFile) Sync() error {
 	if err := f.fault("sync", f.name); err != nil {
 		return err

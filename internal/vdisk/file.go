@@ -20,6 +20,9 @@ type file interface {
 	io.ReaderAt
 	io.WriterAt
 
+	// WriteDurably is WriteAt and makes what it wrote, and nothing else, durable.
+	// After an error it may be or not.
+	WriteDurably(p []byte, off int64) error
 	// Sync makes everything written, punched and resized before it durable.
 	Sync() error
 	Truncate(size int64) error
@@ -134,6 +137,29 @@ func (f *osFile) call(name string, sys func(fd int) error) error {
 }
 
 func (f *osFile) Sync() error { return f.call("fdatasync", unix.Fdatasync) }
+
+// WriteDurably uses RWF_DSYNC: unlike an fdatasync it does not wait for whatever
+// else is being written to the file.
+func (f *osFile) WriteDurably(p []byte, off int64) error {
+	for len(p) > 0 {
+		var n int
+		err := f.call("pwritev2", func(fd int) (err error) {
+			n, err = unix.Pwritev2(fd, [][]byte{p}, off, unix.RWF_DSYNC)
+			return err
+		})
+		if errors.Is(err, unix.EOPNOTSUPP) || errors.Is(err, unix.ENOSYS) {
+			if _, err := f.WriteAt(p, off); err != nil {
+				return err
+			}
+			return f.Sync()
+		}
+		if err != nil {
+			return err
+		}
+		p, off = p[n:], off+int64(n)
+	}
+	return nil
+}
 
 func (f *osFile) fallocate(mode uint32, off, n int64) error {
 	return f.call("fallocate", func(fd int) error { return unix.Fallocate(fd, mode, off, n) })

@@ -269,7 +269,7 @@ func (d *Disk) setForm() {
 	d.ext.set(func() {
 		e := d.ext
 		e.below, e.above = d.next.cipher(), d.key.cipher()
-		e.boundary, e.hotEnd = d.state.cur.Load().boundary, 0
+		e.boundary, e.hotEnd, e.hot, e.next = d.state.cur.Load().boundary, 0, nil, nil
 		if d.state.cur.Load().kind == NotConverting { // a recrypt that is all but ended
 			e.boundary = d.end()
 		}

@@ -328,6 +328,27 @@ func (f *powerFile) grow(size int64) {
 	}
 }
 
+func (h *powerHandle) WriteDurably(p []byte, off int64) error {
+	if _, err := h.WriteAt(p, off); err != nil {
+		return err
+	}
+	h.fs.mu.Lock()
+	defer h.fs.mu.Unlock()
+	if err := h.fs.change(); err != nil {
+		return err
+	}
+	if h.fs.lie == nil || !h.fs.lie(h.name) {
+		for i := off / SectorSize; i < (off+int64(len(p)))/SectorSize; i++ {
+			s := h.sector(i)
+			s.durable, s.pending = s.now, nil
+		}
+		// Its own length is part of it; so is, on the file systems that we know,
+		// every change of length before.
+		h.durableSize, h.pendingSizes = h.size, nil
+	}
+	return nil
+}
+
 func (h *powerHandle) Sync() error {
 	h.fs.mu.Lock()
 	defer h.fs.mu.Unlock()

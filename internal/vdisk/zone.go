@@ -3,32 +3,71 @@ package vdisk
 import (
 	"cmp"
 	"context"
+	"errors"
 	"fmt"
 	"slices"
+	"sync"
 	"time"
 
 	"github.com/cespare/xxhash/v2"
+	"golang.org/x/sys/unix"
 
 	"mortise/internal/xts"
 )
 
 // zoneSize is how much a conversion rewrites between two durable steps, in
-// bytes: enough that the two fsyncs of a step do not show, little enough that a
-// guest's request waits for tens of milliseconds at most on a disk of today. It
-// may have to wait for two zones.
-const zoneSize = 8 << 20
+// bytes, while no guest asks for anything: enough that the two syncs of a step do
+// not show. busyZone is the same beside a guest, whose writes to a zone wait until
+// it is done.
+const (
+	zoneSize = 8 << 20
+	busyZone = 1 << 20
+)
+
+// courtesy is how long a conversion rests beside a busy guest, in times that its
+// last step took: that leaves the guest the greater part of processor and storage.
+const (
+	courtesy = 4
+	maxRest  = 250 * time.Millisecond
+)
+
+// manySpans is where a sync of the file is taken to be cheaper than as many
+// writes that are durable each for itself.
+const manySpans = 4
 
 // A zone is the piece of an extent that is converted in one step.
 type zone struct {
-	start, end int64 // on units
-	data       []span
-	buf        []byte   // new form of [start, end)
-	sums       []uint64 // of its sectors
-	failed     error    // of fill
+	from, start, end int64 // start and end on units; nothing but holes in [from, start)
+	data             []span
+	buf              []byte   // new form of [start, end)
+	sums             []uint64 // of its sectors
+	failed           error    // of fill
+
+	mu    sync.Mutex
+	dirty []span // written by requests since it was laid out
+	stale bool   // it must be filled anew, or laid out anew
 }
 
 // span is a range of an extent in bytes, on sectors.
 type span struct{ off, end int64 }
+
+// maxDirty is how many notes a zone takes before it is filled anew instead.
+const maxDirty = 256
+
+// note records a request that changes [off, off+n) while the zone is being
+// filled.
+func (z *zone) note(off, n int64, hole bool) {
+	if off >= z.end || off+n <= z.from {
+		return
+	}
+	z.mu.Lock()
+	defer z.mu.Unlock()
+	if hole || off < z.start || len(z.dirty) == maxDirty {
+		z.stale = true
+		return
+	}
+	z.dirty = append(z.dirty, span{off, min(off+n, z.end)})
+}
 
 func (z *zone) empty() bool { return z.start == z.end }
 
@@ -41,15 +80,19 @@ func sum(sector []byte) uint64 { return xxhash.Sum64(sector) }
 //
 // A step is:
 //
-//  1. The zone's new form is computed in memory. Requests to it wait.
+//  1. The zone's new form is computed in memory. Writes to it go on; they are
+//     noted, and once no more are let in, what they changed is computed again.
 //  2. The state is made durable: boundary at the zone's start, and the checksums
 //     of the new form. This also records the zone before as done.
-//  3. The new form is written over the old one and synced; meanwhile step 1 of
-//     the next zone goes on.
+//  3. The new form is written over the old one and made durable; meanwhile step 1
+//     of the next zone goes on. Reads come from memory.
 //
 // Killed in 3, each sector of the zone has its old or its new form, and the
 // checksums tell which: see recoverZone. Holes have no form and are not written;
 // a long one is skipped by starting the next zone behind it.
+//
+// Beside a busy guest zones are small, each is recorded as done at once, and the
+// conversion rests before the next one.
 func (d *Disk) convertLoop(ctx context.Context, report func(Progress)) error {
 	if d.state.cur.Load().hotLen > 0 { // left by a failed write of this process
 		if err := d.recoverZone(); err != nil {
@@ -58,38 +101,66 @@ func (d *Disk) convertLoop(ctx context.Context, report func(Progress)) error {
 	}
 	p := d.startProgress(report)
 	bufs := [2][]byte{make([]byte, d.opts.zone), make([]byte, d.opts.zone)}
-	z, err := d.layout(d.state.cur.Load().boundary, bufs[0])
-	if err != nil {
-		return d.interrupt(err)
-	}
-	// A trim that made a hole which the first zone skips must not be undone by
-	// a power cut once the boundary is behind it. Later zones are laid out before
-	// the sync of the zone before.
+	// A trim of this process's predecessor that made a hole must not be undone by
+	// a power cut once the boundary is behind it.
 	if err := d.ext.sync(); err != nil {
 		return d.interrupt(err)
 	}
+	guest := d.ext.requests.Load()
+	length := d.opts.zone
+	z, err := d.layout(d.state.cur.Load().boundary, length, bufs[0])
+	if err != nil {
+		return d.interrupt(err)
+	}
 	d.fill(z)
-	for i := 1; !z.empty() && z.failed == nil && ctx.Err() == nil; i++ {
+	for i := 1; z.failed == nil && ctx.Err() == nil; i++ {
+		began := time.Now()
+		if z.failed = d.freeze(z); z.failed != nil || z.empty() {
+			break
+		}
 		s := *d.state.cur.Load()
 		s.boundary, s.hot, s.hotLen, s.sums = z.start, z.start, z.end-z.start, z.sums
 		if err := d.writeState(&s); err != nil {
 			return d.interrupt(err)
 		}
-		d.ext.set(func() { d.ext.boundary = z.start })
+		d.ext.set(func() { d.ext.boundary, d.ext.hot = z.start, z })
 		d.at("convert.hot")
 
-		next, err := d.layout(z.end, bufs[i%2])
-		if err != nil {
-			return d.interrupt(err)
+		now := d.ext.requests.Load()
+		busy := now != guest
+		guest = now
+		length = d.opts.zone
+		if busy {
+			length = min(length, busyZone)
 		}
+		var next *zone
 		filled := make(chan struct{})
-		go func() { d.fill(next); close(filled) }()
-		err = d.put(z, z.data)
-		<-filled
+		if !busy {
+			if next, err = d.layout(z.end, length, bufs[i%2]); err != nil {
+				return d.interrupt(err)
+			}
+			d.at("convert.laid")
+			go func() { d.fill(next); close(filled) }()
+		}
+		err = d.put(z, z.data, busy)
+		if !busy {
+			<-filled
+		}
 		if err != nil {
 			return d.interrupt(err)
 		}
 		p.zoneDone(z)
+		if busy {
+			if err := d.advance(z.end); err != nil {
+				return err
+			}
+			rest(ctx, min(courtesy*time.Since(began), maxRest))
+			if next, err = d.layout(z.end, length, bufs[i%2]); err != nil {
+				return d.interrupt(err)
+			}
+			d.fill(next)
+			d.at("convert.laid")
+		}
 		z = next
 	}
 	// The zone before z is durable.
@@ -103,27 +174,87 @@ func (d *Disk) convertLoop(ctx context.Context, report func(Progress)) error {
 	return d.advance(d.end())
 }
 
-// layout decides what the next zone is: from the first data at or behind at, up
-// to a zone's length. From here on requests wait to everything from the boundary
-// to the zone's end, skipped holes included, so that no hole gets data under the
-// old key while it is being skipped.
-func (d *Disk) layout(at int64, buf []byte) (z *zone, err error) {
-	z = &zone{buf: buf}
-	e := d.ext
-	e.set(func() {
-		var data int64
-		if data, err = e.f.NextData(at); err != nil {
-			return
+func rest(ctx context.Context, t time.Duration) {
+	timer := time.NewTimer(t)
+	defer timer.Stop()
+	select {
+	case <-timer.C:
+	case <-ctx.Done():
+	}
+}
+
+// layout decides what the next zone is: from the first data at or behind at, at
+// most length bytes. From here on changes of it, and of the hole skipped before
+// it, are noted.
+func (d *Disk) layout(at, length int64, buf []byte) (z *zone, err error) {
+	d.ext.set(func() {
+		if z, err = d.find(at, length, buf); err == nil {
+			d.ext.next = z
 		}
-		z.start = max(at, min(roundDown(data, UnitSize), d.end()))
-		z.end = min(z.start+d.opts.zone, d.end())
-		z.buf = buf[:z.end-z.start]
-		e.hotEnd = z.end
 	})
+	return z, err
+}
+
+// find returns a zone with its limits set.
+func (d *Disk) find(at, length int64, buf []byte) (*zone, error) {
+	data, err := d.ext.f.NextData(at)
 	if err != nil {
 		return nil, fmt.Errorf("%s: looking for data behind byte %d: %w", d.ext.name, at, err)
 	}
+	z := &zone{from: at, start: max(at, min(roundDown(data, UnitSize), d.end()))}
+	z.end = min(z.start+length, d.end())
+	z.buf = buf[:z.end-z.start]
 	return z, nil
+}
+
+// freeze makes changes of a zone wait from now on, and its new form that of what
+// they have left.
+func (d *Disk) freeze(z *zone) error {
+	e := d.ext
+	e.set(func() { e.next, e.hotEnd = nil, z.end })
+	d.at("convert.frozen")
+	if z.stale {
+		// The skipped hole may have got data: then the zone begins there. Its end
+		// does not move forward, for behind it nothing is frozen.
+		length := max(z.end-z.start, UnitSize)
+		anew, err := d.find(z.from, length, z.buf[:cap(z.buf)])
+		if err != nil {
+			return err
+		}
+		z.start = min(anew.start, z.start)
+		z.end = min(z.start+length, z.end)
+		z.buf, z.data, z.dirty = z.buf[:z.end-z.start], nil, nil
+		e.set(func() { e.hotEnd = z.end })
+		d.fill(z)
+	}
+	for _, sp := range z.dirty {
+		if err := d.refill(z, sp); err != nil {
+			return err
+		}
+	}
+	if z.failed != nil {
+		return z.failed
+	}
+	return e.settle()
+}
+
+// refill computes the new form of a span once more.
+func (d *Disk) refill(z *zone, sp span) error {
+	p := z.buf[sp.off-z.start : sp.end-z.start]
+	if err := readFull(d.ext.f, p, sp.off); err != nil {
+		return fmt.Errorf("%s: reading %d bytes at %d: %w", d.ext.name, len(p), sp.off, err)
+	}
+	reform(p, sp.off, d.key.cipher(), d.next.cipher())
+	for a := int64(0); a < int64(len(p)); a += SectorSize {
+		z.sums[(sp.off-z.start+a)/SectorSize] = sum(p[a:][:SectorSize])
+	}
+	for _, have := range z.data {
+		if have.off <= sp.off && sp.end <= have.end {
+			return nil
+		}
+	}
+	z.data = append(z.data, sp)
+	return nil
 }
 
 // fill reads a zone and computes its new form and the checksums.
@@ -183,19 +314,33 @@ func reform(p []byte, off int64, from, to *xts.Cipher) {
 	})
 }
 
-// put writes spans of a zone's new form and makes them durable.
-func (d *Disk) put(z *zone, spans []span) error {
+// put writes spans of a zone's new form and makes them durable: with a sync of
+// the file, or beside a busy guest, whose own writes it would have to wait for,
+// each for itself.
+func (d *Disk) put(z *zone, spans []span, busy bool) error {
+	alone := busy && len(spans) <= manySpans
 	for _, sp := range spans {
-		if _, err := d.ext.f.WriteAt(z.buf[sp.off-z.start:sp.end-z.start], sp.off); err != nil {
+		p := z.buf[sp.off-z.start : sp.end-z.start]
+		if alone {
+			if err := d.ext.f.WriteDurably(p, sp.off); errors.Is(err, unix.ENOSPC) || errors.Is(err, unix.EDQUOT) {
+				return err // nothing that storage took was lost
+			} else if err != nil {
+				return d.ext.fail(err)
+			}
+		} else if _, err := d.ext.f.WriteAt(p, sp.off); err != nil {
 			return fmt.Errorf("%s: writing %d bytes at %d: %w", d.ext.name, sp.end-sp.off, sp.off, err)
 		}
 		d.at("convert.span")
 	}
 	d.at("convert.written")
-	if err := d.ext.sync(); err != nil {
-		return err
+	if !alone {
+		if err := d.ext.sync(); err != nil {
+			return err
+		}
 	}
-	d.ext.f.Forget(z.start, z.end-z.start)
+	if !busy {
+		d.ext.f.Forget(z.start, z.end-z.start)
+	}
 	d.at("convert.synced")
 	return nil
 }
@@ -203,6 +348,9 @@ func (d *Disk) put(z *zone, spans []span) error {
 // advance records that everything below boundary has its new form, and lets
 // waiting requests go.
 func (d *Disk) advance(boundary int64) error {
+	if err := d.ext.settle(); err != nil {
+		return d.interrupt(err)
+	}
 	s := *d.state.cur.Load()
 	s.boundary, s.hot, s.hotLen, s.sums = boundary, 0, 0, nil
 	if err := d.writeState(&s); err != nil {
@@ -230,7 +378,7 @@ func (d *Disk) interrupt(why error) error {
 func (d *Disk) release(why error) {
 	s := d.state.cur.Load()
 	d.ext.set(func() {
-		d.ext.boundary, d.ext.hotEnd, d.ext.stuck = s.boundary, s.hot+s.hotLen, nil
+		d.ext.boundary, d.ext.hotEnd, d.ext.hot, d.ext.next, d.ext.stuck = s.boundary, s.hot+s.hotLen, nil, nil, nil
 		if s.hotLen > 0 {
 			d.ext.stuck = why
 		}
@@ -241,11 +389,11 @@ func (d *Disk) release(why error) {
 // sector that matches its checksum has its new form; anything else is in the old
 // one and is converted.
 //
-// The old form should be what the checksum was made from: convertLoop syncs the
-// extent between the two. Should storage have lost that all the same, the sector
-// is still in the old form, only older. So before converted sectors are written,
-// their own checksums are made durable: otherwise, after a crash in here, such a
-// sector would match nothing and be converted twice.
+// The old form need not be what the checksum was made from: a power cut takes a
+// write that nobody has flushed, and then the sector is still in the old form,
+// only older. So before converted sectors are written, their own checksums are
+// made durable: otherwise, after a crash in here, such a sector would match
+// nothing and be converted twice.
 func (d *Disk) recoverZone() error {
 	s := *d.state.cur.Load()
 	z := &zone{start: s.hot, end: s.hot + s.hotLen, buf: make([]byte, s.hotLen)}
@@ -273,14 +421,13 @@ func (d *Disk) recoverZone() error {
 		}
 	}
 	if !slices.Equal(sums, s.sums) {
-		d.opts.Log.Warn("storage lost writes that it had reported durable, in the zone that was being converted", "disk", d.path, "offset", z.start, "length", s.hotLen)
 		s.sums = sums
 		if err := d.writeState(&s); err != nil {
 			return err
 		}
 	}
 	d.at("recover.sums")
-	if err := d.put(z, old); err != nil {
+	if err := d.put(z, old, false); err != nil {
 		return err
 	}
 	return d.advance(z.end)
