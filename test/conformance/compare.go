@@ -35,6 +35,7 @@ import (
 //   - Query: operations and object types that this server has besides, and those
 //     out of its scope that it lacks;
 //   - attributes besides, where the request does not name those it wants;
+//   - DiscoverVersions that asks for all: versions besides;
 //   - the order of attributes, of attributes' names, and of identifiers that
 //     Locate finds;
 //   - an attribute index of 0 may be there or not (KMIP 1.4 §2.1.1);
@@ -210,6 +211,8 @@ func (p *play) group(s setting, wantIn *node, want []*node, gotIn *node, got []*
 				p.fault(s, "%q is missing", w.text)
 			}
 		}
+	case s.operation == "DiscoverVersions" && tag == kmip.TagProtocolVersion && gotIn.tag == kmip.TagResponsePayload && s.request.kid(tag) == nil:
+		p.preferred(s, want, got)
 	case s.operation == "Locate" && tag == kmip.TagUniqueIdentifier:
 		p.located(s, want, got)
 	case tag == kmip.TagAttributeIndex && want[0].text == "0" && len(got) == 0:
@@ -223,6 +226,20 @@ func (p *play) group(s setting, wantIn *node, want []*node, gotIn *node, got []*
 		for i := range want {
 			p.field(s, wantIn, want[i], gotIn, got[i])
 		}
+	}
+}
+
+// preferred compares versions in their order; a server may have more.
+func (p *play) preferred(s setting, want, got []*node) {
+	for _, w := range want {
+		for len(got) > 0 && !p.same(s, w, got[0]) {
+			got = got[1:]
+		}
+		if len(got) == 0 {
+			p.fault(s, "a version is missing, or out of order")
+			return
+		}
+		got = got[1:]
 	}
 }
 
@@ -460,7 +477,7 @@ func (p *play) date(s setting, want, got *node) {
 	}
 	t := literal.Unix()
 	if !p.recorded.IsZero() {
-		t += p.shift()
+		t += p.now.Unix() - p.recorded.Unix()
 	}
 	// What the server dates by itself happened in this run.
 	if at != t && !near(p.now.Unix(), tolerance) {

@@ -34,6 +34,7 @@ type play struct {
 	made     map[string]bool   // ids of objects that the server made the bytes of
 	material map[string][]byte // key bytes by id, as first told
 	dates    map[string]int64  // literal dates sent, and what they were sent as
+	hurry    bool              // the case waits
 	recorded time.Time         // when the exchange was recorded; zero when the case is written with $NOW
 
 	faults []string // how the current response differs
@@ -52,7 +53,11 @@ func newPlay(w wire, now time.Time, before *play) *play {
 
 // run plays the exchanges to the first response that differs, which it tells.
 func (p *play) run(c *testCase) error {
+	p.hurry = c.waits()
 	for i, x := range c.exchanges {
+		if wait := c.wait(i); wait > 0 {
+			time.Sleep(wait/haste + time.Second)
+		}
 		if err := p.exchange(x); err != nil {
 			return fmt.Errorf("exchange %d of %d (%s): %w", i+1, len(c.exchanges), operations(x.request), err)
 		}
@@ -71,12 +76,7 @@ func operations(message *node) string {
 }
 
 func (p *play) exchange(x exchange) error {
-	p.recorded = time.Time{}
-	if stamp := x.response.kid(kmip.TagResponseHeader).kid(kmip.TagTimeStamp); stamp != nil {
-		if t, err := time.Parse(time.RFC3339, stamp.text); err == nil {
-			p.recorded = t
-		}
-	}
+	p.recorded = recordedAt(x)
 	request, err := p.resolve(nil, x.request)
 	if err != nil {
 		return fmt.Errorf("the request cannot be made: %w", err)
@@ -140,7 +140,7 @@ func (p *play) sent(parent, n *node) ([]byte, error) {
 	case n.typ == ttlv.TypeDateTime && !p.recorded.IsZero():
 		at, ok := p.dates[n.text]
 		if !ok {
-			at = int64(binary.BigEndian.Uint64(v)) + p.shift()
+			at = p.now.Unix() + p.scaled(int64(binary.BigEndian.Uint64(v))-p.recorded.Unix())
 			p.dates[n.text] = at
 		}
 		return unix(at), nil
@@ -148,8 +148,54 @@ func (p *play) sent(parent, n *node) ([]byte, error) {
 	return v, nil
 }
 
-// shift carries dates from the time of the recording to now, in seconds.
-func (p *play) shift() int64 { return p.now.Unix() - p.recorded.Unix() }
+// A case that waits for a date some minutes ahead is played in haste: its wait,
+// and how far ahead dates are for which it may wait, are a sixtieth.
+const (
+	haste   = 60
+	maxWait = 10 * time.Minute
+)
+
+// wait is how long the client waited before an exchange when the case was
+// recorded, if that is longer than answers take and shorter than a night.
+func (c *testCase) wait(i int) time.Duration {
+	if i == 0 {
+		return 0
+	}
+	if d := recordedAt(c.exchanges[i]).Sub(recordedAt(c.exchanges[i-1])); d > time.Minute && d < maxWait {
+		return d
+	}
+	return 0
+}
+
+func (c *testCase) waits() bool {
+	for i := range c.exchanges {
+		if c.wait(i) > 0 {
+			return true
+		}
+	}
+	return false
+}
+
+// scaled takes seconds from now as the case has them.
+func (p *play) scaled(ahead int64) int64 {
+	if p.hurry && ahead > 0 && ahead <= int64(maxWait/time.Second) {
+		return ahead / haste
+	}
+	return ahead
+}
+
+// recordedAt is the literal time stamp of a response, zero if it has none.
+func recordedAt(x exchange) time.Time {
+	stamp := x.response.kid(kmip.TagResponseHeader).kid(kmip.TagTimeStamp)
+	if stamp == nil {
+		return time.Time{}
+	}
+	t, err := time.Parse(time.RFC3339, stamp.text)
+	if err != nil {
+		return time.Time{}
+	}
+	return t
+}
 
 var nowText = regexp.MustCompile(`^\$NOW([+-]\d+)?$`)
 
@@ -160,7 +206,7 @@ func (p *play) relative(text string) (int64, bool) {
 		return 0, false
 	}
 	offset, _ := strconv.ParseInt(m[1], 10, 64)
-	return p.now.Unix() + offset, true
+	return p.now.Unix() + p.scaled(offset), true
 }
 
 func unix(t int64) []byte { return binary.BigEndian.AppendUint64(nil, uint64(t)) }
