@@ -512,3 +512,10 @@ func (l *Log) Close() error {
 	}
 	return errors.Join(failed, l.segment.Close(), l.lock.Close())
 }
+
+// HasKey tells whether heads can be signed.
+func (l *Log) HasKey() bool {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	return l.key != nil
+}

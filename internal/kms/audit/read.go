@@ -107,6 +107,16 @@ func readSegment(path string, from, upTo uint64, yield func(Record, error) bool)
 	return true
 }
 
+// Verify checks the log that is open, as far as it is durable.
+func (l *Log) Verify(o VerifyOptions) (Report, error) {
+	l.removing.Lock()
+	defer l.removing.Unlock()
+	if o.UpTo = l.Durable(); o.UpTo == 0 {
+		return Report{Member: l.o.Member, Log: l.id}, nil
+	}
+	return Verify(l.o.Dir, o)
+}
+
 // A File is a piece of an exported log: Copy writes its Size bytes.
 type File struct {
 	Name string
