@@ -74,6 +74,9 @@ func benchKMS(ctx context.Context) (err error) {
 	if err := b.compareCreate(ctx, dir); err != nil {
 		return err
 	}
+	if err := benchThree(ctx, filepath.Join(dir, "three")); err != nil {
+		return err
+	}
 	if err := b.herd(ctx); err != nil {
 		return err
 	}
@@ -88,6 +91,7 @@ type kmsBench struct {
 	pem        pemFiles // of the same certificates
 	get        []byte   // a Get, encoded
 	stop       func() error
+	closeStore func() error // after the KMS
 }
 
 // openKMS opens the KMS in dir, and makes it if there is none.
@@ -116,12 +120,16 @@ func openKMS(ctx context.Context, dir string) (*store.Store, *kms.KMS, error) {
 }
 
 func startKMS(ctx context.Context, dir string) (*kmsBench, error) {
-	b := &kmsBench{}
-	var err error
-	if b.store, b.kms, err = openKMS(ctx, dir); err != nil {
+	s, k, err := openKMS(ctx, dir)
+	if err != nil {
 		return nil, err
 	}
-	k := b.kms
+	return serveKMS(ctx, dir, s, k)
+}
+
+// serveKMS serves a KMS and, beside it, a constant.
+func serveKMS(ctx context.Context, dir string, s *store.Store, k *kms.KMS) (*kmsBench, error) {
+	b := &kmsBench{store: s, kms: k, closeStore: s.Close}
 	now := time.Now()
 	serverKey, err := pki.GenerateKey()
 	if err != nil {
@@ -170,7 +178,7 @@ func startKMS(ctx context.Context, dir string) (*kmsBench, error) {
 		err := <-served
 		bare.Close()
 		k.Close()
-		return errors.Join(err, b.store.Close())
+		return errors.Join(err, b.closeStore())
 	}
 	// One key to get, and what the answer looks like.
 	c, err := tls.Dial("tcp", b.addr, b.tls)

@@ -19,6 +19,7 @@ import (
 	"time"
 
 	"github.com/ovh/kmip-go/payloads"
+	clientv3 "go.etcd.io/etcd/client/v3"
 	"go.etcd.io/etcd/server/v3/embed"
 	"go.etcd.io/etcd/server/v3/etcdserver/api/v3client"
 
@@ -32,29 +33,83 @@ const recordSize = 162
 // compareCreate sets creates over TLS against bare puts of the same size by as
 // many writers, in this process, into an etcd that has nothing else to do.
 func (b *kmsBench) compareCreate(ctx context.Context, dir string) error {
-	e := embed.NewConfig()
-	e.Dir, e.Name = filepath.Join(dir, "etcd"), "bare"
-	e.ListenClientUrls, e.AdvertiseClientUrls, e.ListenPeerUrls = nil, nil, nil
-	e.AdvertisePeerUrls = []url.URL{{Scheme: "http", Host: "localhost:2380"}}
-	e.InitialCluster = e.InitialClusterFromName(e.Name)
-	e.LogLevel = "fatal"
-	s, err := embed.StartEtcd(e)
+	client, stop, err := bareEtcd(filepath.Join(dir, "etcd"), 1)
 	if err != nil {
-		return fmt.Errorf("starting a bare etcd: %w", err)
+		return err
 	}
-	defer s.Close()
-	<-s.Server.ReadyNotify()
-	client := v3client.New(s.Server)
-	defer client.Close()
+	defer stop()
+	return b.compareNamed(ctx, "kms/create-64-clients", kmsClients, 0.5, b.kept(b.addr, encodeRequest(createRequest())), "etcd-puts", puts(ctx, client))
+}
+
+// puts are bare ones of the size of a key.
+func puts(ctx context.Context, client *clientv3.Client) worker {
 	var n atomic.Int64
 	value := strings.Repeat("x", recordSize)
-	put := func() (func() error, func(), error) {
+	return func() (func() error, func(), error) {
 		return func() error {
 			_, err := client.Put(ctx, fmt.Sprintf("/object-default/%036d", n.Add(1)), value)
 			return err
 		}, func() {}, nil
 	}
-	return b.compareNamed(ctx, "kms/create-64-clients", kmsClients, 0.5, b.kept(b.addr, encodeRequest(createRequest())), "etcd-puts", put)
+}
+
+// bareEtcd starts a cluster of n members in this process and returns a client of
+// its leader.
+func bareEtcd(dir string, n int) (_ *clientv3.Client, stop func(), err error) {
+	var (
+		cluster []string
+		peers   []url.URL
+		members []*embed.Etcd
+	)
+	stop = func() {
+		for _, m := range members {
+			m.Close()
+		}
+	}
+	defer func() {
+		if err != nil {
+			stop()
+		}
+	}()
+	for i := range n {
+		l, err := net.Listen("tcp", "127.0.0.1:0")
+		if err != nil {
+			return nil, nil, err
+		}
+		peers = append(peers, url.URL{Scheme: "http", Host: l.Addr().String()})
+		cluster = append(cluster, fmt.Sprintf("bare-%d=http://%s", i, l.Addr()))
+		l.Close()
+	}
+	for i := range n {
+		e := embed.NewConfig()
+		e.Dir, e.Name = fmt.Sprintf("%s-%d", dir, i), fmt.Sprintf("bare-%d", i)
+		e.ListenClientUrls, e.AdvertiseClientUrls, e.ListenPeerUrls = nil, nil, nil
+		e.AdvertisePeerUrls = peers[i : i+1]
+		if n > 1 {
+			e.ListenPeerUrls = peers[i : i+1]
+		}
+		e.InitialCluster = strings.Join(cluster, ",")
+		e.LogLevel = "fatal"
+		m, err := embed.StartEtcd(e)
+		if err != nil {
+			return nil, nil, fmt.Errorf("starting a bare etcd: %w", err)
+		}
+		members = append(members, m)
+	}
+	for _, m := range members {
+		select {
+		case <-m.Server.ReadyNotify():
+		case <-time.After(time.Minute):
+			return nil, nil, errors.New("a bare etcd is not ready after a minute")
+		}
+	}
+	leader := members[0]
+	for _, m := range members {
+		if m.Server.MemberID() == m.Server.Leader() {
+			leader = m
+		}
+	}
+	return v3client.New(leader.Server), stop, nil
 }
 
 type pemFiles struct{ server, serverKey, client, clientKey string }
