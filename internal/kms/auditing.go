@@ -20,7 +20,7 @@ func (s *Session) End(ctx context.Context, op kmip.Operation, id string, err err
 // the change.
 func (s *Session) commit(ctx context.Context, ops ...store.Op) error {
 	s.synced = false
-	_, err := s.k.store.Commit(ctx, ops...)
+	_, err := s.k.commitSealed(ctx, s.inst, ops...)
 	return err
 }
 
@@ -28,6 +28,10 @@ func (s *Session) commit(ctx context.Context, ops ...store.Op) error {
 // all that belongs to it. inst is nil for what concerns the whole server;
 // subject is what the act is about, such as a fingerprint.
 func (k *KMS) commitAs(ctx context.Context, by Actor, inst *instance, act, subject string, ops ...store.Op) error {
-	_, err := k.store.Commit(ctx, ops...)
+	if inst == nil {
+		_, err := k.store.Commit(ctx, ops...)
+		return err
+	}
+	_, err := k.commitSealed(ctx, inst, ops...)
 	return err
 }

@@ -2,14 +2,13 @@ package kms
 
 import (
 	"context"
-	"crypto/aes"
-	"crypto/cipher"
 	"crypto/hmac"
 	"crypto/sha256"
-	"encoding/binary"
 	"encoding/hex"
 	"errors"
 	"fmt"
+	"sync"
+	"sync/atomic"
 	"time"
 
 	"mortise/internal/secret"
@@ -24,11 +23,13 @@ type instanceRecord struct {
 	Provider string
 	// CRK is the id of the root key that wraps the keys below.
 	CRK string
-	// Keys are the generations of the instance key. The last seals new records;
-	// the others only open old ones.
+	// Keys are the generations of the instance key. The sealing record says which
+	// one seals; the others only open.
 	Keys []wrappedKey
 	// NameKey is the wrapped key of the index of names.
 	NameKey []byte
+	// Shredded: what was destroyed and purged by then is shredded.
+	Shredded time.Time `json:",omitzero"`
 }
 
 type wrappedKey struct {
@@ -36,13 +37,13 @@ type wrappedKey struct {
 	Wrapped    []byte
 }
 
-// instance is an open instance. A cipher.AEAD holds expanded key bytes on the
-// Go heap for as long as it lives; secret.LockDown keeps them out of dumps.
+// instance is an open instance.
 type instance struct {
-	id      string
-	current uint32
-	seals   map[uint32]cipher.AEAD // by generation
-	nameKey *secret.Key
+	id         string
+	keys       atomic.Pointer[keyset]
+	refreshing sync.Mutex    // held while keys is replaced
+	missed     atomic.Uint32 // generation of a record that came before its key; 0: none
+	nameKey    *secret.Key
 
 	objects *store.Collection[*object]
 	names   *store.Collection[string]
@@ -50,13 +51,14 @@ type instance struct {
 	apiKeys *store.Collection[APIKey]
 }
 
-// openInstance unwraps the keys of the instance called id and loads its records.
-func openInstance(ctx context.Context, s *store.Store, roots map[string]RootKeys, id string, r instanceRecord) (_ *instance, err error) {
-	root := roots[r.Provider]
+// openInstance unwraps the keys of an instance and loads its records.
+func (k *KMS) openInstance(ctx context.Context, roots map[string]RootKeys, e store.Entry[instanceRecord]) (_ *instance, err error) {
+	s, id := k.store, e.Key
+	root := roots[e.Value.Provider]
 	if root == nil {
-		return nil, fmt.Errorf("its CRK is kept by a root-key provider of kind %q, which is not configured", r.Provider)
+		return nil, fmt.Errorf("its CRK is kept by a root-key provider of kind %q, which is not configured", e.Value.Provider)
 	}
-	i, err := unwrapInstance(ctx, root, id, r)
+	i, err := k.unwrapInstance(ctx, root, e)
 	if err != nil {
 		return nil, err
 	}
@@ -78,8 +80,15 @@ func openInstance(ctx context.Context, s *store.Store, roots map[string]RootKeys
 	return i, err
 }
 
-// close forgets the instance's records and wipes what keys it can.
+// close forgets the instance's records and wipes what keys it can. Nobody must
+// use the instance any more.
 func (i *instance) close() {
+	i.forget()
+	i.wipe()
+}
+
+// forget closes the instance's collections: who still uses them finds nothing.
+func (i *instance) forget() {
 	if i.objects != nil {
 		i.objects.Close()
 	}
@@ -92,7 +101,11 @@ func (i *instance) close() {
 	if i.apiKeys != nil {
 		i.apiKeys.Close()
 	}
-	i.wipe()
+}
+
+// reload decodes the instance's sealed records anew.
+func (i *instance) reload(ctx context.Context) error {
+	return errors.Join(i.objects.Reload(ctx), i.clients.Reload(ctx), i.apiKeys.Reload(ctx))
 }
 
 // newInstance makes a CRK for the instance called id, and its keys.
@@ -108,52 +121,22 @@ func newInstance(ctx context.Context, root RootKeys, id string, now time.Time) (
 	return r, err
 }
 
-// wrapNew makes an AES-256 key and returns it wrapped.
-func wrapNew(ctx context.Context, root RootKeys, crk string, binding []byte) ([]byte, error) {
-	key, err := secret.Random(nil, 32)
-	if err != nil {
-		return nil, err
-	}
-	defer key.Wipe()
-	return root.Seal(ctx, crk, key, binding)
-}
-
 func keyBinding(id string, generation uint32) []byte {
 	return fmt.Appendf(nil, "mortise kms instance key\x00%s\x00%d", id, generation)
 }
 
 func nameBinding(id string) []byte { return []byte("mortise kms name key\x00" + id) }
 
-func unwrapInstance(ctx context.Context, root RootKeys, id string, r instanceRecord) (_ *instance, err error) {
-	if len(r.Keys) == 0 {
-		return nil, errors.New("its record names no key")
+func (k *KMS) unwrapInstance(ctx context.Context, root RootKeys, e store.Entry[instanceRecord]) (*instance, error) {
+	keys, err := k.unwrap(ctx, root, e, nil)
+	if err != nil {
+		return nil, err
 	}
-	i := &instance{id: id, seals: map[uint32]cipher.AEAD{}}
-	defer func() {
-		if err != nil {
-			i.wipe()
-		}
-	}()
-	if i.nameKey, err = root.Open(ctx, r.CRK, r.NameKey, nameBinding(id)); err != nil {
+	i := &instance{id: e.Key}
+	if i.nameKey, err = root.Open(ctx, e.Value.CRK, e.Value.NameKey, nameBinding(e.Key)); err != nil {
 		return nil, fmt.Errorf("unwrapping its name key: %w", err)
 	}
-	for _, w := range r.Keys {
-		key, err := root.Open(ctx, r.CRK, w.Wrapped, keyBinding(id, w.Generation))
-		if err != nil {
-			return nil, fmt.Errorf("unwrapping its key of generation %d: %w", w.Generation, err)
-		}
-		key.Use(func(b []byte) {
-			var block cipher.Block
-			if block, err = aes.NewCipher(b); err == nil {
-				i.seals[w.Generation], err = cipher.NewGCMWithRandomNonce(block)
-			}
-		})
-		key.Wipe()
-		if err != nil {
-			return nil, fmt.Errorf("preparing its key of generation %d: %w", w.Generation, err)
-		}
-		i.current = w.Generation
-	}
+	i.keys.Store(keys)
 	return i, nil
 }
 
@@ -171,45 +154,4 @@ func (i *instance) nameIndex(name []byte) string {
 		sum = mac.Sum(nil)
 	})
 	return hex.EncodeToString(sum)
-}
-
-// A sealed record begins with sealVersion and the generation of the instance
-// key, 4 bytes big-endian; nonce (12), ciphertext and tag (16) follow.
-const (
-	sealVersion = 1
-	sealHeader  = 5
-	sealLabel   = "mortise kms record\x00"
-)
-
-// Seal seals a record with the instance's newest key, bound to the record's
-// name. An instance is a store.Sealer.
-func (i *instance) Seal(plain, at []byte) ([]byte, error) {
-	out := make([]byte, sealHeader, sealHeader+len(plain)+28)
-	out[0] = sealVersion
-	binary.BigEndian.PutUint32(out[1:], i.current)
-	return i.seals[i.current].Seal(out, nil, plain, sealBinding(out, at)), nil
-}
-
-// Open is the reverse of Seal, for every generation that is there.
-func (i *instance) Open(sealed, at []byte) ([]byte, error) {
-	if len(sealed) < sealHeader || sealed[0] != sealVersion {
-		return nil, errors.New("it is not sealed in a way that this program knows")
-	}
-	generation := binary.BigEndian.Uint32(sealed[1:])
-	seal := i.seals[generation]
-	if seal == nil {
-		return nil, fmt.Errorf("it is sealed by generation %d of the instance key, which is not there", generation)
-	}
-	plain, err := seal.Open(nil, nil, sealed[sealHeader:], sealBinding(sealed[:sealHeader], at))
-	if err != nil {
-		return nil, errors.New("its seal is broken: it was altered, or belongs to another place")
-	}
-	return plain, nil
-}
-
-func sealBinding(header, at []byte) []byte {
-	b := make([]byte, 0, len(sealLabel)+sealHeader+len(at))
-	b = append(b, sealLabel...)
-	b = append(b, header[:sealHeader]...)
-	return append(b, at...)
 }

@@ -17,6 +17,9 @@ var (
 func (k *KMS) instance(id string) (*instance, error) {
 	k.mu.RLock()
 	defer k.mu.RUnlock()
+	if e, ok := k.records.Peek(id); ok && k.crkEnded(e.Value.CRK) {
+		return nil, fmt.Errorf("kms: instance %s: %w", id, ErrCRKDeleted)
+	}
 	if i := k.instances[id]; i != nil {
 		return i, nil
 	}

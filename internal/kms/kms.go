@@ -62,6 +62,11 @@ type Options struct {
 	// Elapsed tells how long the process runs, by a clock that does not jump. Nil:
 	// the machine's; with a Now of one's own, jumps are then not looked for.
 	Elapsed func() time.Duration
+	// FetchKeys gets CRKs from another member and gives them to a provider, all
+	// that there are if no ids are given; nil: this is the only member.
+	FetchKeys func(ctx context.Context, to Sharer, ids ...string) error
+
+	step func(name string) error // see custody.step
 }
 
 // KMS is an open key management server. Its methods may be called concurrently.
@@ -84,6 +89,7 @@ type KMS struct {
 	done sync.WaitGroup
 
 	safety
+	custody
 }
 
 // Open returns the KMS that s holds, locked. The store stays the caller's to
@@ -99,6 +105,9 @@ func Open(ctx context.Context, s *store.Store, o Options) (*KMS, error) {
 		return nil, fmt.Errorf("kms: %w", err)
 	}
 	if k.clocks, err = store.NewCollection(ctx, s, "clock", store.JSON[clockRecord](1)); err != nil {
+		return nil, fmt.Errorf("kms: %w", err)
+	}
+	if k.custody, err = openCustody(ctx, s, o); err != nil {
 		return nil, fmt.Errorf("kms: %w", err)
 	}
 	if err := k.lookAtClock(ctx); err != nil {
@@ -143,7 +152,11 @@ func (k *KMS) Unlock(ctx context.Context, providers ...RootKeys) error {
 	}
 	opened := map[string]*instance{}
 	for _, e := range entries {
-		i, err := openInstance(ctx, k.store, roots, e.Key, e.Value)
+		if k.crkEnded(e.Value.CRK) {
+			k.log.Warn("kms: instance stays closed: its CRK has been deleted", "instance", e.Key)
+			continue
+		}
+		i, err := k.openInstance(ctx, roots, e)
 		if err != nil {
 			for _, i := range opened {
 				i.close()
@@ -156,6 +169,8 @@ func (k *KMS) Unlock(ctx context.Context, providers ...RootKeys) error {
 	close(k.unlocked)
 	k.done.Go(func() { k.redoActs(k.run) })
 	k.done.Go(func() { k.sweepForever(k.run) })
+	k.done.Go(func() { k.followKeys(k.run) })
+	k.done.Go(func() { k.runJobs(k.run) })
 	return nil
 }
 
@@ -173,6 +188,7 @@ func (k *KMS) Close() {
 		i.close()
 	}
 	k.records.Close()
+	k.custody.close()
 	k.safety.close()
 	k.clocks.Close()
 }

@@ -721,7 +721,7 @@ func TestOtherInstance(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	if _, err := unwrapInstance(ctx, SingleCRK(r), "b", rec.Value); err == nil {
+	if _, err := k.unwrapInstance(ctx, SingleCRK(r), store.Entry[instanceRecord]{Key: "b", Value: rec.Value}); err == nil {
 		t.Error("an instance's keys were unwrapped for another")
 	}
 }

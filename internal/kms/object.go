@@ -75,10 +75,8 @@ type revocation struct {
 type sealedFrom struct {
 	at     string
 	stored []byte
-	opener interface {
-		Open(sealed, at []byte) ([]byte, error)
-	}
-	fresh *secret.Key // instead of the above, for an object not yet written
+	opener *seal       // of its generation, which may be retired meanwhile
+	fresh  *secret.Key // instead of the above, for an object not yet written
 }
 
 // open returns the object's material, the caller's to wipe.
@@ -120,7 +118,11 @@ func (c objectCodec) Encode(at string, o *object) ([]byte, error) {
 }
 
 func (c objectCodec) Decode(at string, stored []byte) (*object, error) {
-	plain, err := c.Open(stored, []byte(at))
+	opener, err := c.sealOf(stored)
+	if err != nil {
+		return nil, fmt.Errorf("opening %s: %w", at, err)
+	}
+	plain, err := opener.Open(stored, []byte(at))
 	if err != nil {
 		return nil, fmt.Errorf("opening %s: %w", at, err)
 	}
@@ -129,6 +131,6 @@ func (c objectCodec) Decode(at string, stored []byte) (*object, error) {
 	if err != nil {
 		return nil, fmt.Errorf("decoding %s: %w", at, err)
 	}
-	o.sealed = sealedFrom{at: at, stored: stored, opener: c.instance}
+	o.sealed = sealedFrom{at: at, stored: stored, opener: opener}
 	return o, nil
 }

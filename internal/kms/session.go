@@ -148,19 +148,23 @@ func (s *Session) add(ctx context.Context, o *object, key *secret.Key) (string, 
 	if err != nil {
 		return "", &Error{kmip.ResultReasonCryptographicFailure, "no identifier could be made", err}
 	}
-	ops := []store.Op{s.inst.objects.Create(id.String(), o)}
-	for _, a := range o.Attributes {
-		if a.Name == kmip.AttributeNameName {
-			ops = append(ops, s.inst.names.Create(s.inst.nameIndex(a.Value), id.String()))
+	for {
+		ops := []store.Op{s.inst.objects.Create(id.String(), o)}
+		for _, a := range o.Attributes {
+			if a.Name == kmip.AttributeNameName {
+				ops = append(ops, s.inst.names.Create(s.inst.nameIndex(a.Value), id.String()))
+			}
 		}
-	}
-	if err := s.commit(ctx, ops...); err != nil {
-		if errors.Is(err, store.ErrExists) {
+		err := s.commit(ctx, ops...)
+		switch {
+		case err == nil:
+			return id.String(), nil
+		case errors.Is(err, store.ErrExists):
 			return "", &Error{kmip.ResultReasonInvalidField, "another object has this name", err}
+		case !errors.Is(err, store.ErrConflict): // else the instance key has changed: seal again
+			return "", AsError(err)
 		}
-		return "", AsError(err)
 	}
-	return id.String(), nil
 }
 
 // Get returns the object's material (KMIP 1.4 §4.11). It is there in every

@@ -89,7 +89,7 @@ func (o *object) purge(now time.Time) bool {
 	if !o.gone() || o.material == 0 || now.Sub(o.Destroyed) < GraceTime {
 		return false
 	}
-	o.material, o.Digest = 0, nil
+	o.purgeNow(now)
 	return true
 }
 

@@ -33,7 +33,7 @@ func (k *KMS) settle(ctx context.Context, i *instance, e store.Entry[*object]) (
 		if err := k.clock.Err(); err != nil {
 			return e, err
 		}
-		rev, err := k.store.Commit(ctx, i.objects.Update(e.Key, e.Revision, now))
+		rev, err := k.commitSealed(ctx, i, i.objects.Update(e.Key, e.Revision, now))
 		if err == nil {
 			k.log.Info("kms: object changed by date", "instance", i.id, "object", e.Key, "state", stateName(now.State))
 			e.Value, e.Revision = now, rev
@@ -105,7 +105,7 @@ func (k *KMS) sweepInstance(ctx context.Context, i *instance) error {
 		if !o.purge(earliest) {
 			continue
 		}
-		if _, err := k.store.Commit(ctx, i.objects.Update(e.Key, e.Revision, &o)); err != nil {
+		if _, err := k.commitSealed(ctx, i, i.objects.Update(e.Key, e.Revision, &o)); err != nil {
 			if errors.Is(err, store.ErrConflict) || errors.Is(err, store.ErrNotFound) {
 				continue // a client was faster; the next sweep sees to it
 			}
