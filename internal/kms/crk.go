@@ -153,7 +153,7 @@ func (k *KMS) ImportCRK(ctx context.Context, by Actor, kind string, key *secret.
 	if err != nil {
 		return CRK{}, fmt.Errorf("kms: importing a CRK: %w", err)
 	}
-	if err := k.step("crk imported"); err != nil {
+	if err := k.keyStep("crk imported"); err != nil {
 		return CRK{}, err
 	}
 	now := k.now().UTC()
@@ -218,7 +218,7 @@ func (k *KMS) DeleteCRK(ctx context.Context, by Actor, id, hash string) error {
 		return fmt.Errorf("kms: deleting CRK %s: %w", id, err)
 	}
 	k.log.Warn("kms: CRK is deleted", "crk", id, "instance", r.Key)
-	if err := k.step("crk deleted"); err != nil {
+	if err := k.keyStep("crk deleted"); err != nil {
 		return err
 	}
 	return k.keepUp(ctx)
@@ -349,7 +349,7 @@ func (k *KMS) destroyCRK(ctx context.Context, e store.Entry[crkRecord]) error {
 			return fmt.Errorf("destroying CRK %s: %w", e.Key, err)
 		}
 		k.log.Warn("kms: CRK is destroyed at this member's provider", "crk", e.Key, "provider", e.Value.Provider)
-		if err := k.step("crk destroyed here"); err != nil {
+		if err := k.keyStep("crk destroyed here"); err != nil {
 			return err
 		}
 	}

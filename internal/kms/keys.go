@@ -127,7 +127,7 @@ type custody struct {
 	holdings *store.Collection[holdings]
 	// fetchKeys gets CRKs from another member; nil where there is none.
 	fetchKeys func(ctx context.Context, to Sharer, ids ...string) error
-	at        func(step string) error // see KMS.step
+	at        func(step string) error // see keyStep
 }
 
 func openCustody(ctx context.Context, s *store.Store, o Options) (c custody, err error) {
@@ -152,10 +152,10 @@ func (c custody) close() {
 	c.holdings.Close()
 }
 
-// step is called after each step of a change of keys that is durable by itself.
+// keyStep is called after each step of a change of keys that is durable by itself.
 // In tests it fails where a process might have been killed; the change then ends
 // there, with nothing tidied up.
-func (c custody) step(name string) error {
+func (c custody) keyStep(name string) error {
 	if c.at == nil {
 		return nil
 	}

@@ -66,7 +66,7 @@ type Options struct {
 	// that there are if no ids are given; nil: this is the only member.
 	FetchKeys func(ctx context.Context, to Sharer, ids ...string) error
 
-	step func(name string) error // see custody.step
+	step func(name string) error // see custody.keyStep
 }
 
 // KMS is an open key management server. Its methods may be called concurrently.

@@ -205,7 +205,7 @@ func (k *KMS) runJob(ctx context.Context, term store.Term, instance string) erro
 			return fmt.Errorf("%s: %w", all[at].name, err)
 		}
 		k.log.Info("kms: change of keys", "instance", instance, "change", job.Kind, "done", all[at].name)
-		if err := k.step(all[at].name + " done"); err != nil {
+		if err := k.keyStep(all[at].name + " done"); err != nil {
 			return err
 		}
 	}
@@ -343,7 +343,7 @@ func (r *resealing) pass(ctx context.Context) (left int, err error) {
 		left += missed
 		r.job.Done += len(batch) - missed
 		batch = batch[:0]
-		if err := r.k.step("resealed some"); err != nil {
+		if err := r.k.keyStep("resealed some"); err != nil {
 			return err
 		}
 		select { // leave the store to the clients
@@ -453,7 +453,7 @@ func (k *KMS) jobCRK(ctx context.Context, _ store.Term, instance string, job *ke
 	if job.CRK, err = root.Create(ctx); err != nil {
 		return nil, err
 	}
-	if err := k.step("crk made"); err != nil {
+	if err := k.keyStep("crk made"); err != nil {
 		return nil, err
 	}
 	now := k.now().UTC()
@@ -502,7 +502,7 @@ func (k *KMS) jobRewrap(ctx context.Context, _ store.Term, instance string, job 
 	if r.NameKey, err = move(e.Value.NameKey, nameBinding(instance)); err != nil {
 		return nil, err
 	}
-	if err := k.step("keys wrapped"); err != nil {
+	if err := k.keyStep("keys wrapped"); err != nil {
 		return nil, err
 	}
 	fresh, err := k.crks.Get(ctx, job.CRK)

@@ -323,7 +323,7 @@ func (k *KMS) jobPurge(ctx context.Context, term store.Term, instance string, jo
 				return nil, err
 			}
 			job.Purged++
-			if err := k.step("purged one"); err != nil {
+			if err := k.keyStep("purged one"); err != nil {
 				return nil, err
 			}
 		}
