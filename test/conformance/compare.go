@@ -143,8 +143,12 @@ func (p *play) fields(s setting, want, got *node) {
 		for w < len(want.kids) && want.kids[w].tag == tag {
 			w++
 		}
-		for i < len(got.kids) && got.kids[i].tag != tag && p.mayBeThere(s, got.kids[i]) {
-			i++
+		next := i // what may be there besides is passed over only if the field follows
+		for next < len(got.kids) && got.kids[next].tag != tag && p.mayBeThere(s, got.kids[next]) {
+			next++
+		}
+		if next < len(got.kids) && got.kids[next].tag == tag {
+			i = next
 		}
 		start := i
 		for i < len(got.kids) && got.kids[i].tag == tag {
@@ -292,7 +296,13 @@ func (p *play) attributes(s setting, want, got []*node) {
 		}
 		in := s
 		in.path += " " + attributeName(w)
-		p.fields(in, w, rest[i])
+		if attributeName(w) == "Random Number Generator" { // the server's own
+			if rest[i].kid(kmip.TagAttributeValue).kid(kmip.TagRNGAlgorithm) == nil {
+				p.fault(in, "has no RNG algorithm")
+			}
+		} else {
+			p.fields(in, w, rest[i])
+		}
 		rest = slices.Delete(rest, i, i+1)
 	}
 	if !p.unnamed(s) {
@@ -307,6 +317,7 @@ func (p *play) same(s setting, want, got *node) bool {
 	trial := *p
 	trial.faults = nil
 	trial.bound, trial.instead, trial.material = clone(p.bound), clone(p.instead), clone(p.material)
+	trial.told = map[int][][]byte{}
 	trial.fields(s, want, got)
 	return len(trial.faults) == 0
 }
@@ -347,6 +358,7 @@ func (p *play) field(s setting, wantIn, want, gotIn, got *node) {
 			p.fault(s, "is empty")
 		}
 		p.bound[name] = got.value
+		p.told[want.tag] = append(p.told[want.tag], got.value)
 		p.learn(s, want.tag, got.value)
 		return
 	}
@@ -355,6 +367,7 @@ func (p *play) field(s setting, wantIn, want, gotIn, got *node) {
 		p.fault(s, "the case's value %q means nothing: %v", want.text, err)
 		return
 	}
+	p.told[want.tag] = append(p.told[want.tag], got.value)
 	if p.random(s, want.tag) {
 		if len(value) != len(got.value) {
 			p.fault(s, "want %d bytes, got %d", len(value), len(got.value))
@@ -383,8 +396,7 @@ func (p *play) anything(s setting, parent, n *node) bool {
 	case kmip.TagAttributeValue:
 		return attributeName(parent) == "Lease Time"
 	}
-	return parent.tag == kmip.TagAttributeValue && slices.Contains([]int{kmip.TagRNGAlgorithm, kmip.TagCryptographicAlgorithm,
-		kmip.TagCryptographicLength, kmip.TagHashingAlgorithm, kmip.TagDRBGAlgorithm, kmip.TagPredictionResistance}, n.tag) && parent.kid(kmip.TagRNGAlgorithm) != nil
+	return false
 }
 
 // random tells of bytes that are the server's making.
@@ -412,14 +424,7 @@ func (p *play) ours(data *node) bool {
 	if data == nil {
 		return false
 	}
-	for _, known := range []map[string][]byte{p.instead, p.bound} {
-		for _, b := range known {
-			if len(b) > 0 && bytes.Equal(b, data.value) {
-				return true
-			}
-		}
-	}
-	return false
+	return slices.ContainsFunc(p.told[kmip.TagData], func(b []byte) bool { return len(b) > 0 && bytes.Equal(b, data.value) })
 }
 
 // learn checks made key bytes against what was told of them before.
@@ -454,14 +459,17 @@ func (p *play) date(s setting, want, got *node) {
 		}
 		return
 	}
+	if sent, ok := p.dates[want.text]; ok && at == sent {
+		return
+	}
 	if t, ok := p.relative(want.text); ok {
-		slack := int64(tolerance)
-		if want.text != "$NOW" {
-			slack = 0
+		// A date ahead is the client's, unless the server counts from now.
+		_, sent := p.dates[want.text]
+		late := time.Now().Unix() - p.now.Unix()
+		if near(t, tolerance) && (want.text == "$NOW" || !sent) || p.hurry && near(t+late, 2) {
+			return
 		}
-		if !near(t, slack) {
-			tell(t)
-		}
+		tell(t)
 		return
 	}
 	literal, err := time.Parse(time.RFC3339, want.text)
@@ -470,7 +478,7 @@ func (p *play) date(s setting, want, got *node) {
 		return
 	}
 	if sent, ok := p.dates[want.text]; ok {
-		if at != sent && !near(p.now.Unix(), tolerance) {
+		if !near(p.now.Unix(), tolerance) {
 			tell(sent)
 		}
 		return

@@ -31,6 +31,8 @@ type play struct {
 	bound   map[string][]byte
 	instead map[string][]byte // by the literal, in hexadecimal
 
+	told map[int][][]byte // bytes in responses, by tag
+
 	made     map[string]bool   // ids of objects that the server made the bytes of
 	material map[string][]byte // key bytes by id, as first told
 	dates    map[string]int64  // literal dates sent, and what they were sent as
@@ -42,11 +44,11 @@ type play struct {
 
 // newPlay begins a case; before is the one whose objects it uses, nil for none.
 func newPlay(w wire, now time.Time, before *play) *play {
-	p := &play{wire: w, now: now, bound: map[string][]byte{}, dates: map[string]int64{}}
+	p := &play{wire: w, now: now, bound: map[string][]byte{}, told: map[int][][]byte{}}
 	if before != nil {
-		p.instead, p.made, p.material = before.instead, before.made, before.material
+		p.instead, p.made, p.material, p.dates = before.instead, before.made, before.material, before.dates
 	} else {
-		p.instead, p.made, p.material = map[string][]byte{}, map[string]bool{}, map[string][]byte{}
+		p.instead, p.made, p.material, p.dates = map[string][]byte{}, map[string]bool{}, map[string][]byte{}, map[string]int64{}
 	}
 	return p
 }
@@ -120,14 +122,11 @@ func (p *play) resolve(parent, n *node) (*node, error) {
 
 func (p *play) sent(parent, n *node) ([]byte, error) {
 	if t, ok := p.relative(n.text); ok {
+		p.dates[n.text] = t
 		return unix(t), nil
 	}
 	if strings.HasPrefix(n.text, "$") {
-		v, ok := p.bound[n.text]
-		if !ok {
-			return nil, fmt.Errorf("nothing has told %s yet", n.text)
-		}
-		return v, nil
+		return p.variable(n)
 	}
 	v, err := valueOf(n.typ, enumTag(parent, n), n.text)
 	switch {
@@ -195,6 +194,25 @@ func recordedAt(x exchange) time.Time {
 		return time.Time{}
 	}
 	return t
+}
+
+// variable is what a variable in a request stands for. Those for bytes may not
+// be in any response by their name: $DATA_1 is then the second Data of a response,
+// $MAC_DATA the last MAC data.
+func (p *play) variable(n *node) ([]byte, error) {
+	if v, ok := p.bound[n.text]; ok {
+		return v, nil
+	}
+	told := p.told[n.tag]
+	if n.typ != ttlv.TypeByteString || len(told) == 0 {
+		return nil, fmt.Errorf("nothing has told %s yet", n.text)
+	}
+	if at := strings.LastIndexByte(n.text, '_'); at > 0 {
+		if i, err := strconv.Atoi(n.text[at+1:]); err == nil && i < len(told) {
+			return told[i], nil
+		}
+	}
+	return told[len(told)-1], nil
 }
 
 var nowText = regexp.MustCompile(`^\$NOW([+-]\d+)?$`)

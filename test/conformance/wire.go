@@ -5,6 +5,7 @@ import (
 	"encoding/hex"
 	"errors"
 	"fmt"
+	"slices"
 	"strconv"
 	"strings"
 	"time"
@@ -94,6 +95,9 @@ func valueOf(typ ttlv.Type, enum int, text string) ([]byte, error) {
 		if n, err := strconv.ParseUint(text, 0, 32); err == nil {
 			return u32(int64(n), nil)
 		}
+		if n := slices.Index(derivationMethods, text); enum == kmip.TagDerivationMethod && n >= 0 {
+			return u32(int64(n+1), nil)
+		}
 		n, err := ttlv.EnumByName(enum, text)
 		return u32(int64(n), err)
 	case ttlv.TypeBoolean:
@@ -114,6 +118,10 @@ func valueOf(typ ttlv.Type, enum int, text string) ([]byte, error) {
 	}
 	return nil, fmt.Errorf("a value cannot have type %v", typ)
 }
+
+// derivationMethods are in the order of KMIP 1.4 §9.1.3.2.21; the codec has no
+// names for them.
+var derivationMethods = []string{"PBKDF2", "HASH", "HMAC", "ENCRYPT", "NIST800_108_C", "NIST800_108_F", "NIST800_108_DPI", "AsymmetricKey"}
 
 // textOf shows a value from the wire as a case would write it.
 func textOf(n *node, enum int) string {
