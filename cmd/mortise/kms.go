@@ -2,21 +2,26 @@ package main
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"net"
 	"os"
 	"os/signal"
 	"path/filepath"
+	"strings"
 	"syscall"
+	"time"
 
 	"github.com/coreos/go-systemd/v22/daemon"
 	"github.com/spf13/cobra"
 	"golang.org/x/sync/errgroup"
 
+	"mortise/internal/atomicfile"
 	"mortise/internal/cli/kmscli"
 	"mortise/internal/kms"
 	"mortise/internal/kms/admin"
 	"mortise/internal/kms/backup"
+	"mortise/internal/kms/cluster"
 	"mortise/internal/kms/kmipd"
 	"mortise/internal/pki"
 	"mortise/internal/secret"
@@ -32,6 +37,13 @@ type kmsConfig struct {
 	PassphraseFile string `toml:"passphrase_file"`
 	TLSCert        string `toml:"tls_cert"`
 	TLSKey         string `toml:"tls_key"`
+	Name           string `toml:"name"`
+	PeerAddress    string `toml:"peer_address"`
+	PeerListen     string `toml:"peer_listen"`
+	QuotaGiB       int64  `toml:"quota_gib"`
+	join           string
+	single         bool
+	clockFile      string // of a test
 	logFlags
 }
 
@@ -70,8 +82,13 @@ MORTISE_PASSPHRASE_FILE names, or from the systemd credential kms-passphrase.
 Clients are known by their certificates, which are pinned one by one; see
 mortise kms client. The server's own certificate is made at the first start;
 clients trust it by its thumbprint, which the log tells. A new certificate in the
-same files is used within seconds, or at once on SIGHUP; open connections go on.`,
+same files is used within seconds, or at once on SIGHUP; open connections go on.
+
+Three members are one highly available key server. A new one joins with a token of
+mortise kms member add; from then on it starts without it, and gets its root keys
+from the others, so that nobody need be there when it restarts.`,
 		Example: `  mortise kms serve --passphrase-file /etc/mortise/kms.passphrase
+  mortise kms serve --join TOKEN --peer-address 10.0.0.2:5698 --passphrase-file …
   mortise kms serve --config /etc/mortise/kms.toml`,
 		Args: cobra.NoArgs,
 		RunE: func(cmd *cobra.Command, _ []string) error {
@@ -90,8 +107,15 @@ same files is used within seconds, or at once on SIGHUP; open connections go on.
 	f.StringVar(&cfg.PassphraseFile, "passphrase-file", "", "file with the passphrase of the root key, mode 0600")
 	f.StringVar(&cfg.TLSCert, "tls-cert", "", "certificate of one's own, PEM (default: a self-signed one)")
 	f.StringVar(&cfg.TLSKey, "tls-key", "", "its key, PEM, mode 0600")
+	f.StringVar(&cfg.join, "join", "", "join a cluster with this token (first start only), or @FILE that holds it")
+	f.StringVar(&cfg.Name, "name", "", "this member's name (default: the token's, or "+cluster.DefaultName+")")
+	f.StringVar(&cfg.PeerAddress, "peer-address", "", fmt.Sprintf("where other members reach this one, host:port (usually port %d)", cluster.Port))
+	f.StringVar(&cfg.PeerListen, "peer-listen", "", "what to listen on for them (default: every interface, that port)")
+	f.Int64Var(&cfg.QuotaGiB, "quota-gib", store.DefaultQuota>>30, "size of the database at which writes are refused, GiB")
+	f.BoolVar(&cfg.single, "go-on-alone", false, "the other members are lost for good: make this one a cluster of its own")
 	f.BoolVar(&isDev, "dev", false, "")
-	_ = f.MarkHidden("dev")
+	f.StringVar(&cfg.clockFile, "clock-offset-file", "", "")
+	_, _ = f.MarkHidden("dev"), f.MarkHidden("clock-offset-file")
 	cfg.logFlags.bind(f)
 	return cmd
 }
@@ -110,11 +134,30 @@ func serveKMS(ctx context.Context, cfg kmsConfig, isDev bool) error {
 	if backup.Interrupted(cfg.StateDir) {
 		return fmt.Errorf("a restore to %s was interrupted: run it again", cfg.StateDir)
 	}
-	root, err := rootKey(cfg.StateDir, cfg.PassphraseFile, "kms-passphrase")
+	options := kms.Options{Logger: log}
+	if cfg.clockFile != "" {
+		if !isDev {
+			return errors.New("--clock-offset-file is for tests")
+		}
+		start := time.Now()
+		options.Now, options.Elapsed = testClock(cfg.clockFile), func() time.Duration { return time.Since(start) }
+	}
+	if cfg.QuotaGiB < 1 {
+		return errors.New("--quota-gib must be at least 1")
+	}
+	token := cfg.join
+	if file, is := strings.CutPrefix(token, "@"); is {
+		text, err := atomicfile.Read(file, 1<<16)
+		if err != nil {
+			return fmt.Errorf("--join: %w", err)
+		}
+		token = string(text)
+	}
+	ring, open, err := openKeyring(cfg.StateDir, cfg.PassphraseFile)
 	if err != nil {
 		return err
 	}
-	defer root.Wipe()
+	defer ring.Close()
 	creds, certificate, key, err := kmsCredentials(cfg)
 	if err != nil {
 		return err
@@ -122,19 +165,27 @@ func serveKMS(ctx context.Context, cfg kmsConfig, isDev bool) error {
 	reload := make(chan os.Signal, 1)
 	signal.Notify(reload, syscall.SIGHUP)
 	defer signal.Stop(reload)
-	s, err := store.Open(ctx, store.Config{Dir: filepath.Join(cfg.StateDir, "store"), Name: "kms-1", Logger: log})
+	node, err := cluster.New(ctx, cluster.Options{Dir: cfg.StateDir, Name: cfg.Name, Address: cfg.PeerAddress, Listen: cfg.PeerListen,
+		Token: token, Version: version, Format: kms.RecordFormat, Logger: log})
+	if err != nil {
+		return err
+	}
+	defer node.Close()
+	s, err := store.Open(ctx, store.Config{Dir: filepath.Join(cfg.StateDir, "store"), Name: node.Name, Logger: log,
+		Quota: cfg.QuotaGiB << 30, Peers: node.Peers(), Single: cfg.single})
 	if err != nil {
 		return err
 	}
 	defer s.Close()
-	k, err := kms.Open(ctx, s, kms.Options{Logger: log})
+	k, err := kms.Open(ctx, s, options)
 	if err != nil {
 		return err
 	}
 	defer k.Close()
-	if err := k.Unlock(ctx, kms.SingleCRK(root)); err != nil {
+	if err := node.Attach(ctx, s, k); err != nil {
 		return err
 	}
+	defer node.Detach()
 	if err := os.MkdirAll(filepath.Dir(cfg.AdminSocket), 0o755); err != nil {
 		return err
 	}
@@ -143,20 +194,12 @@ func serveKMS(ctx context.Context, cfg kmsConfig, isDev bool) error {
 		return err
 	}
 	defer os.Remove(cfg.AdminSocket)
-	api := admin.New(admin.Options{KMS: k, Logger: log, Version: version})
+	api := admin.New(admin.Options{KMS: k, Cluster: node, Logger: log, Version: version})
 	var https net.Listener
 	if cfg.AdminListen != "" {
 		if https, err = net.Listen("tcp", cfg.AdminListen); err != nil {
 			return fmt.Errorf("--admin-listen: %w", err)
 		}
-	}
-	l, err := net.Listen("tcp", cfg.Listen)
-	if err != nil {
-		return fmt.Errorf("--listen: %w", err)
-	}
-	log.Info("kms is ready", "kmip", l.Addr().String(), "admin", cfg.AdminListen, "thumbprint", pki.Thumbprint(creds.Leaf()), "admin_socket", cfg.AdminSocket)
-	if _, err := daemon.SdNotify(false, daemon.SdNotifyReady); err != nil {
-		log.Warn("systemd could not be told that the server is ready", "error", err)
 	}
 	g, ctx := errgroup.WithContext(ctx)
 	g.Go(func() error {
@@ -167,7 +210,28 @@ func serveKMS(ctx context.Context, cfg kmsConfig, isDev bool) error {
 	if https != nil {
 		g.Go(func() error { return api.ServeHTTPS(ctx, https, creds) })
 	}
-	g.Go(func() error { return kmipd.Serve(ctx, l, k, kmipd.Options{Credentials: creds, Logger: log}) })
+	g.Go(func() error {
+		select {
+		case <-s.Stopped():
+			return store.ErrRemoved
+		case <-ctx.Done():
+			return nil
+		}
+	})
+	g.Go(func() error {
+		if err := unlockKMS(ctx, k, node, ring, open, log); err != nil {
+			return err
+		}
+		l, err := net.Listen("tcp", cfg.Listen) // not before: a locked server serves nobody
+		if err != nil {
+			return fmt.Errorf("--listen: %w", err)
+		}
+		log.Info("kms is ready", "kmip", l.Addr().String(), "admin", cfg.AdminListen, "thumbprint", pki.Thumbprint(creds.Leaf()), "admin_socket", cfg.AdminSocket)
+		if _, err := daemon.SdNotify(false, daemon.SdNotifyReady); err != nil {
+			log.Warn("systemd could not be told that the server is ready", "error", err)
+		}
+		return kmipd.Serve(ctx, l, k, kmipd.Options{Credentials: creds, Logger: log})
+	})
 	return g.Wait()
 }
 

@@ -38,7 +38,7 @@ const DefaultSocket = "/run/mortise/kms.sock"
 
 // Add adds the verbs to the command kms.
 func Add(parent *cobra.Command) {
-	parent.AddCommand(clientCommand(), apiKeyCommand(), backupCommand())
+	parent.AddCommand(clientCommand(), apiKeyCommand(), backupCommand(), memberCommand(), clockCommand())
 }
 
 // connection is how a verb reaches the key server, and what all verbs share.

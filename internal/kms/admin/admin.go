@@ -39,6 +39,7 @@ import (
 	"time"
 
 	"mortise/internal/kms"
+	"mortise/internal/kms/cluster"
 	"mortise/internal/pki"
 )
 
@@ -53,9 +54,11 @@ const maxCallers = 1000
 
 // Options are the parts that the API gives access to.
 type Options struct {
-	KMS    *kms.KMS         // needed
-	Logger *slog.Logger     // nil: none
-	Now    func() time.Time // nil: time.Now; checks TLS certificates
+	KMS *kms.KMS // needed
+	// Cluster has the other members; nil where there cannot be any.
+	Cluster *cluster.Node
+	Logger  *slog.Logger     // nil: none
+	Now     func() time.Time // nil: time.Now; checks TLS certificates
 	// Version of the program, for the status.
 	Version string
 }

@@ -19,7 +19,7 @@ import (
 func rows() []row {
 	var all []row
 	for _, area := range [][]row{
-		descriptionRows(), clientRows(), apiKeyRows(), backupRows(),
+		descriptionRows(), clientRows(), apiKeyRows(), backupRows(), memberRows(),
 	} {
 		all = append(all, area...)
 	}
