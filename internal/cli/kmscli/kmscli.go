@@ -38,7 +38,8 @@ const DefaultSocket = "/run/mortise/kms.sock"
 
 // Add adds the verbs to the command kms.
 func Add(parent *cobra.Command) {
-	parent.AddCommand(clientCommand(), apiKeyCommand(), backupCommand(), memberCommand(), clockCommand())
+	parent.AddCommand(clientCommand(), apiKeyCommand(), backupCommand(), memberCommand(), clockCommand(),
+		crkCommand(), keyCommand(), unlockCommand(), passphraseCommand())
 }
 
 // connection is how a verb reaches the key server, and what all verbs share.

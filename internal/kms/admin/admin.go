@@ -61,6 +61,8 @@ type Options struct {
 	Now     func() time.Time // nil: time.Now; checks TLS certificates
 	// Version of the program, for the status.
 	Version string
+	// RootKeys opens the root-key providers; nil: nobody does so here.
+	RootKeys RootKeys
 }
 
 // A Server answers the administration API of one KMS.

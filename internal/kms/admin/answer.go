@@ -36,7 +36,7 @@ func classify(err error) (status int, code string) {
 		return http.StatusUnauthorized, "unauthenticated"
 	case errors.Is(err, kms.ErrForbidden):
 		return http.StatusForbidden, "forbidden"
-	case errors.Is(err, kms.ErrUnknownInstance), errors.Is(err, kms.ErrUnknownClient), errors.Is(err, kms.ErrUnknownAPIKey):
+	case errors.Is(err, kms.ErrUnknownInstance), errors.Is(err, kms.ErrUnknownClient), errors.Is(err, kms.ErrUnknownAPIKey), errors.Is(err, kms.ErrUnknownCRK):
 		return http.StatusNotFound, "not_found"
 	case errors.Is(err, kms.ErrInstanceExists), errors.Is(err, kms.ErrClientExists):
 		return http.StatusConflict, "exists"
@@ -50,7 +50,7 @@ func classify(err error) (status int, code string) {
 		return http.StatusServiceUnavailable, "locked"
 	case errors.Is(err, store.ErrNotFound):
 		return http.StatusNotFound, "not_found"
-	case errors.Is(err, store.ErrConflict):
+	case errors.Is(err, store.ErrConflict), errors.Is(err, kms.ErrJobRunning), errors.Is(err, kms.ErrCRKInUse), errors.Is(err, kms.ErrCRKDeleted):
 		return http.StatusConflict, "conflict"
 	case errors.Is(err, store.ErrUnavailable), errors.Is(err, store.ErrFull):
 		return http.StatusServiceUnavailable, "unavailable"

@@ -136,6 +136,11 @@ func (c *Client) call(ctx context.Context, method, path string, query url.Values
 		return err
 	}
 	defer answer.Close()
+	return c.read(answer, resp)
+}
+
+// read reads an answer that is JSON.
+func (c *Client) read(answer io.Reader, resp any) error {
 	text, err := io.ReadAll(io.LimitReader(answer, maxAnswer))
 	if err != nil {
 		return fmt.Errorf("admin: reading the answer of %s: %w", c.where, err)

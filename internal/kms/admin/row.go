@@ -19,7 +19,7 @@ import (
 func rows() []row {
 	var all []row
 	for _, area := range [][]row{
-		descriptionRows(), clientRows(), apiKeyRows(), backupRows(), memberRows(),
+		descriptionRows(), clientRows(), apiKeyRows(), backupRows(), memberRows(), crkRows(),
 	} {
 		all = append(all, area...)
 	}
