@@ -4,6 +4,7 @@ import (
 	"bytes"
 	"fmt"
 	"slices"
+	"strings"
 	"time"
 
 	"github.com/ovh/kmip-go"
@@ -35,44 +36,73 @@ type rule struct {
 	add      bool
 	modify   bool
 	remove   bool
+	kept     bool // the server only keeps it; else it has a field of its own in object
 }
 
-// Attributes fall into few classes; multi instances and versions vary.
-func serverSets() (rule, bool) { return rule{to: 4}, true }
-func atCreation() (rule, bool) { return rule{to: 4, given: true}, true }
-func lifeDate() (rule, bool)   { return rule{to: 4, given: true, add: true, modify: true}, true }
-func clientSets(multi bool, from int) (rule, bool) {
-	return rule{from: from, to: 4, multi: multi, given: true, add: true, modify: true, remove: true}, true
+// The classes of attributes.
+func serverSets(from int) rule { return rule{from: from, to: 4} }
+func atCreation(from int, kept bool) rule {
+	return rule{from: from, to: 4, given: true, kept: kept}
+}
+func changeable(from int) rule { return rule{from: from, to: 4, given: true, add: true, modify: true} }
+func clientSets(multi bool, from int) rule {
+	return rule{from: from, to: 4, multi: multi, given: true, add: true, modify: true, remove: true, kept: true}
 }
 
-// ruleOf returns the rule of an attribute; false for one that is not supported.
+// ruleOf returns the rule of an attribute; false for one that is not supported:
+// those of objects that are not kept here, such as certificates.
 func ruleOf(name kmip.AttributeName) (rule, bool) {
 	switch name {
 	case kmip.AttributeNameUniqueIdentifier, kmip.AttributeNameObjectType, kmip.AttributeNameState, kmip.AttributeNameDigest,
 		kmip.AttributeNameInitialDate, kmip.AttributeNameDestroyDate, kmip.AttributeNameCompromiseDate,
-		kmip.AttributeNameCompromiseOccurrenceDate, kmip.AttributeNameRevocationReason, kmip.AttributeNameLastChangeDate:
-		return serverSets()
+		kmip.AttributeNameCompromiseOccurrenceDate, kmip.AttributeNameRevocationReason, kmip.AttributeNameLastChangeDate,
+		kmip.AttributeNameArchiveDate, kmip.AttributeNameLeaseTime:
+		return serverSets(0), true
+	case kmip.AttributeNameKeyValuePresent:
+		return serverSets(2), true
+	case kmip.AttributeNameAlwaysSensitive, kmip.AttributeNameNeverExtractable:
+		return serverSets(4), true
+
 	case kmip.AttributeNameCryptographicAlgorithm, kmip.AttributeNameCryptographicLength, kmip.AttributeNameCryptographicUsageMask:
-		return atCreation()
-	case "Operation Policy Name": // deprecated in 1.3; accepted and kept, it rules nothing here
-		return rule{to: 2, given: true}, true
-	case kmip.AttributeNameActivationDate, kmip.AttributeNameDeactivationDate, kmip.AttributeNameProcessStartDate, kmip.AttributeNameProtectStopDate:
-		return lifeDate()
+		return atCreation(0, false), true
+	case operationPolicyName: // deprecated in 1.3; any is accepted and kept, it rules nothing here
+		return atCreation(0, true), true
+	case kmip.AttributeNameFresh:
+		return atCreation(1, false), true
+	case kmip.AttributeNameOriginalCreationDate:
+		return atCreation(2, false), true
+	case kmip.AttributeNameRandomNumberGenerator:
+		return atCreation(3, true), true
+
+	case kmip.AttributeNameActivationDate, kmip.AttributeNameDeactivationDate,
+		kmip.AttributeNameProcessStartDate, kmip.AttributeNameProtectStopDate:
+		return changeable(0), true
+	case kmip.AttributeNameUsageLimits:
+		r := changeable(0)
+		r.remove = true
+		return r, true
+	case kmip.AttributeNameSensitive, kmip.AttributeNameExtractable:
+		return changeable(4), true
+
 	case kmip.AttributeNameName, kmip.AttributeNameObjectGroup, kmip.AttributeNameApplicationSpecificInformation,
 		kmip.AttributeNameCryptographicParameters, kmip.AttributeNameLink:
-		return clientSets(true, 0)
+		return clientSets(true, 0), true
 	case kmip.AttributeNameContactInformation:
-		return clientSets(false, 0)
-	case kmip.AttributeNameAlternativeName:
-		return clientSets(true, 2)
+		return clientSets(false, 0), true
+	case kmip.AttributeNameAlternativeName, kmip.AttributeNameKeyValueLocation:
+		return clientSets(true, 2), true
 	case kmip.AttributeNameDescription, kmip.AttributeNameComment:
-		return clientSets(false, 4)
+		return clientSets(false, 4), true
 	}
-	if len(name) > 2 && name[:2] == "x-" {
-		return clientSets(true, 0)
+	if len(name) > 2 && strings.HasPrefix(string(name), "x-") { // y- would be the server's, and it sets none
+		return clientSets(true, 0), true
 	}
 	return rule{}, false
 }
+
+// operationPolicyName is deprecated in kmip-go too, and clients of old versions
+// send it.
+const operationPolicyName kmip.AttributeName = "Operation Policy Name"
 
 // Visible tells whether a client of KMIP 1.minor knows the attribute.
 func Visible(name kmip.AttributeName, minor int) bool {
@@ -80,13 +110,14 @@ func Visible(name kmip.AttributeName, minor int) bool {
 	return ok && r.from <= minor && minor <= r.to
 }
 
+func wrongType(a kmip.Attribute) error {
+	return Refuse(kmip.ResultReasonInvalidField, "the value of attribute %q has the wrong type", a.AttributeName)
+}
+
 // set gives the object an attribute at its creation or later. The rule has been
-// looked at; index is the client's wish, nil for none.
+// looked at.
 func (o *object) set(a kmip.Attribute, now time.Time) error {
-	wrong := func() error {
-		return Refuse(kmip.ResultReasonInvalidField, "the value of attribute %q has the wrong type", a.AttributeName)
-	}
-	exists := func(is bool) error {
+	taken := func(is bool) error {
 		if is {
 			return Refuse(kmip.ResultReasonIllegalOperation, "the object has attribute %q already", a.AttributeName)
 		}
@@ -96,43 +127,124 @@ func (o *object) set(a kmip.Attribute, now time.Time) error {
 	case kmip.AttributeNameCryptographicAlgorithm:
 		v, ok := a.AttributeValue.(kmip.CryptographicAlgorithm)
 		if !ok {
-			return wrong()
+			return wrongType(a)
 		}
-		err := exists(o.Algorithm != 0)
+		err := taken(o.Algorithm != 0)
 		o.Algorithm = v
 		return err
 	case kmip.AttributeNameCryptographicLength:
 		v, ok := a.AttributeValue.(int32)
 		if !ok {
-			return wrong()
+			return wrongType(a)
 		}
-		err := exists(o.Length != 0)
+		err := taken(o.Length != 0)
 		o.Length = v
 		return err
 	case kmip.AttributeNameCryptographicUsageMask:
 		v, ok := a.AttributeValue.(kmip.CryptographicUsageMask)
 		if !ok {
-			return wrong()
+			return wrongType(a)
 		}
-		err := exists(o.Usage != 0)
+		err := taken(o.Usage != 0)
 		o.Usage = int32(v)
 		return err
-	case kmip.AttributeNameActivationDate:
-		if err := exists(!o.Activation.IsZero()); err != nil {
+	case kmip.AttributeNameOriginalCreationDate:
+		v, err := dateOf(a)
+		if err == nil {
+			err = taken(!o.Original.IsZero())
+		}
+		o.Original = v
+		return err
+	case kmip.AttributeNameFresh:
+		v, ok := a.AttributeValue.(bool)
+		if !ok {
+			return wrongType(a)
+		}
+		o.flag(flagServed, !v)
+		return nil
+	case kmip.AttributeNameUsageLimits:
+		if err := taken(o.Limits != nil); err != nil {
+			return err
+		}
+		return o.setLimits(a)
+	case kmip.AttributeNameActivationDate, kmip.AttributeNameDeactivationDate,
+		kmip.AttributeNameProcessStartDate, kmip.AttributeNameProtectStopDate:
+		if err := taken(!o.date(a.AttributeName).IsZero()); err != nil {
 			return err
 		}
 		return o.setDate(a, now)
-	case kmip.AttributeNameDeactivationDate:
-		if err := exists(!o.Deactivated.IsZero()); err != nil {
-			return err
-		}
-		return o.setDate(a, now)
+	case kmip.AttributeNameSensitive, kmip.AttributeNameExtractable:
+		return taken(true)
 	}
-	return o.addGeneric(a)
+	return o.addKept(a)
+}
+
+// change gives another value to an attribute that has a field of its own and a
+// value already.
+func (o *object) change(a kmip.Attribute, now time.Time) error {
+	switch a.AttributeName {
+	case kmip.AttributeNameUsageLimits:
+		return o.setLimits(a)
+	case kmip.AttributeNameSensitive, kmip.AttributeNameExtractable:
+		return o.setGuard(a)
+	}
+	return o.setDate(a, now)
+}
+
+// setGuard sets Sensitive or Extractable, and with them what always or never was
+// (KMIP 1.4 §3.48 to §3.51).
+func (o *object) setGuard(a kmip.Attribute) error {
+	v, ok := a.AttributeValue.(bool)
+	if !ok {
+		return wrongType(a)
+	}
+	if a.AttributeName == kmip.AttributeNameSensitive {
+		o.flag(flagSensitive, v)
+		if !v {
+			o.flag(flagAlwaysSensitive, false)
+		}
+		return nil
+	}
+	o.flag(flagInextractable, !v)
+	if v {
+		o.flag(flagNeverExtractable, false)
+	}
+	return nil
+}
+
+// setLimits sets Usage Limits, while nothing of them is used (KMIP 1.4 §3.21).
+func (o *object) setLimits(a kmip.Attribute) error {
+	v, ok := a.AttributeValue.(kmip.UsageLimits)
+	if !ok {
+		return wrongType(a)
+	}
+	switch {
+	case o.Limits != nil && o.Limits.Count != o.Limits.Total:
+		return Refuse(kmip.ResultReasonPermissionDenied, "the Usage Limits are in use and cannot be changed")
+	case v.UsageLimitsTotal < 0 || v.UsageLimitsUnit != kmip.UsageLimitsUnitByte && v.UsageLimitsUnit != kmip.UsageLimitsUnitObject:
+		return Refuse(kmip.ResultReasonInvalidField, "Usage Limits have a total and the unit Byte or Object")
+	case v.UsageLimitsCount != nil && *v.UsageLimitsCount != v.UsageLimitsTotal:
+		return Refuse(kmip.ResultReasonInvalidField, "the count of Usage Limits is the server's to set")
+	}
+	o.Limits = &usageLimits{Total: v.UsageLimitsTotal, Count: v.UsageLimitsTotal, Unit: v.UsageLimitsUnit}
+	return nil
+}
+
+// date is one of the dates that clients set.
+func (o *object) date(name kmip.AttributeName) *time.Time {
+	switch name {
+	case kmip.AttributeNameActivationDate:
+		return &o.Activation
+	case kmip.AttributeNameDeactivationDate:
+		return &o.Deactivated
+	case kmip.AttributeNameProcessStartDate:
+		return &o.ProcessFrom
+	}
+	return &o.ProtectTo
 }
 
 // setDate sets or changes a date that moves the object through its life cycle,
-// while it is still to come (KMIP 1.4 §3.24, §3.27).
+// while it is still to come (KMIP 1.4 §3.24 to §3.27).
 func (o *object) setDate(a kmip.Attribute, now time.Time) error {
 	v, err := dateOf(a)
 	if err != nil {
@@ -142,13 +254,19 @@ func (o *object) setDate(a kmip.Attribute, now time.Time) error {
 	if o.State != kmip.StatePreActive && (activation || o.State != kmip.StateActive) {
 		return Refuse(kmip.ResultReasonPermissionDenied, "%q cannot be set on an object that is %s", a.AttributeName, stateName(o.State))
 	}
-	if activation {
-		o.Activation = v
-	} else {
-		o.Deactivated = v
+	d := o.date(a.AttributeName)
+	if a.AttributeName != kmip.AttributeNameDeactivationDate && o.State == kmip.StateActive && !d.IsZero() && !now.Before(*d) {
+		return Refuse(kmip.ResultReasonPermissionDenied, "%q has passed and cannot be changed", a.AttributeName)
 	}
+	*d = v
 	if !o.Deactivated.IsZero() && o.Deactivated.Before(o.Activation) {
 		return Refuse(kmip.ResultReasonInvalidField, "the Deactivation Date would be before the Activation Date")
+	}
+	if !o.ProcessFrom.IsZero() && !o.Activation.IsZero() && o.ProcessFrom.Before(o.Activation) {
+		return Refuse(kmip.ResultReasonInvalidField, "the Process Start Date would be before the Activation Date")
+	}
+	if !o.ProtectTo.IsZero() && !o.Deactivated.IsZero() && o.ProtectTo.After(o.Deactivated) {
+		return Refuse(kmip.ResultReasonInvalidField, "the Protect Stop Date would be after the Deactivation Date")
 	}
 	o.settle(now)
 	return nil
@@ -166,9 +284,9 @@ func dateOf(a kmip.Attribute) (time.Time, error) {
 	return v, nil
 }
 
-// addGeneric adds an instance of an attribute that the server only keeps. The
-// list is copied, for the one it came from is shared.
-func (o *object) addGeneric(a kmip.Attribute) error {
+// addKept adds an instance of an attribute that the server only keeps. The list
+// is copied, for the one it came from is shared.
+func (o *object) addKept(a kmip.Attribute) error {
 	if err := checkValue(a); err != nil {
 		return err
 	}
@@ -196,6 +314,11 @@ func (o *object) addGeneric(a kmip.Attribute) error {
 	}
 	o.Attributes = append(slices.Clip(o.Attributes), attribute{a.AttributeName, next, value})
 	return nil
+}
+
+// link adds a Link that the server makes.
+func (o *object) link(t kmip.LinkType, id string) error {
+	return o.addKept(kmip.Attribute{AttributeName: kmip.AttributeNameLink, AttributeValue: kmip.Link{LinkType: t, LinkedObjectIdentifier: id}})
 }
 
 // checkValue refuses values that KMIP's structures allow and its rules do not.
@@ -242,52 +365,4 @@ func (a attribute) decode() (kmip.Attribute, error) {
 		k.AttributeIndex = &a.Index
 	}
 	return k, nil
-}
-
-// list returns all attributes of the object, the server's first.
-func (o *object) list(id string) ([]kmip.Attribute, error) {
-	var all []kmip.Attribute
-	put := func(name kmip.AttributeName, v any) {
-		all = append(all, kmip.Attribute{AttributeName: name, AttributeValue: v})
-	}
-	date := func(name kmip.AttributeName, t time.Time) {
-		if !t.IsZero() {
-			put(name, t)
-		}
-	}
-	put(kmip.AttributeNameUniqueIdentifier, id)
-	put(kmip.AttributeNameObjectType, o.Type)
-	if o.Algorithm != 0 {
-		put(kmip.AttributeNameCryptographicAlgorithm, o.Algorithm)
-	}
-	if o.Length != 0 {
-		put(kmip.AttributeNameCryptographicLength, o.Length)
-	}
-	if o.Usage != 0 || o.Type == kmip.ObjectTypeSymmetricKey {
-		put(kmip.AttributeNameCryptographicUsageMask, kmip.CryptographicUsageMask(o.Usage))
-	}
-	if o.Type != kmip.ObjectTypeOpaqueObject {
-		put(kmip.AttributeNameState, o.State)
-	}
-	if len(o.Digest) > 0 {
-		put(kmip.AttributeNameDigest, kmip.Digest{HashingAlgorithm: kmip.HashingAlgorithmSHA_256, DigestValue: o.Digest, KeyFormatType: kmip.KeyFormatTypeRaw})
-	}
-	date(kmip.AttributeNameInitialDate, o.Initial)
-	date(kmip.AttributeNameActivationDate, o.Activation)
-	date(kmip.AttributeNameDeactivationDate, o.Deactivated)
-	date(kmip.AttributeNameDestroyDate, o.Destroyed)
-	date(kmip.AttributeNameCompromiseDate, o.Compromised)
-	date(kmip.AttributeNameCompromiseOccurrenceDate, o.Occurred)
-	if o.Reason != nil {
-		put(kmip.AttributeNameRevocationReason, kmip.RevocationReason{RevocationReasonCode: o.Reason.Code, RevocationMessage: o.Reason.Message})
-	}
-	date(kmip.AttributeNameLastChangeDate, o.LastChange)
-	for _, a := range o.Attributes {
-		k, err := a.decode()
-		if err != nil {
-			return nil, err
-		}
-		all = append(all, k)
-	}
-	return all, nil
 }

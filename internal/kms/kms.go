@@ -78,6 +78,7 @@ type KMS struct {
 	clock   *Clock
 	clocks  *store.Collection[clockRecord]
 	format  atomic.Int32 // of the records that are written; see SetFormat
+	streams streams      // of Encrypt and Decrypt
 
 	mu        sync.RWMutex
 	roots     map[string]RootKeys  // by kind; empty while locked

@@ -57,6 +57,7 @@ const (
 	flagAlwaysSensitive                          // Always Sensitive
 	flagInextractable                            // not Extractable
 	flagNeverExtractable                         // Never Extractable
+	flagStructured                               // wrapped material that was given inside a Key Value structure
 )
 
 // usageLimits is the attribute Usage Limits, KMIP 1.4 §3.21.

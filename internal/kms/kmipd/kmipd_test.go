@@ -657,7 +657,6 @@ func TestBadRequests(t *testing.T) {
 		want kmip.ResultReason
 	}{
 		"asynchronous":         {header(func(h *kmip.RequestHeader) { h.AsynchronousIndicator = &yes }), kmip.ResultReasonFeatureNotSupported},
-		"Undo":                 {header(func(h *kmip.RequestHeader) { h.BatchErrorContinuationOption = kmip.BatchErrorContinuationOptionUndo }), kmip.ResultReasonFeatureNotSupported},
 		"unknown continuation": {header(func(h *kmip.RequestHeader) { h.BatchErrorContinuationOption = 9 }), kmip.ResultReasonInvalidField},
 		"negative size":        {header(func(h *kmip.RequestHeader) { h.MaximumResponseSize = -1 }), kmip.ResultReasonInvalidField},
 		"batch count 2 of 1":   {header(func(h *kmip.RequestHeader) { h.BatchCount = 2 }), kmip.ResultReasonInvalidMessage},
@@ -667,7 +666,8 @@ func TestBadRequests(t *testing.T) {
 		"critical extension":   {critical, kmip.ResultReasonFeatureNotSupported},
 		"unknown operation":    {payload(0x7777), kmip.ResultReasonOperationNotSupported},
 		"Poll":                 {payload(kmip.OperationPoll), kmip.ResultReasonOperationNotSupported},
-		"Encrypt":              {request(4, &payloads.EncryptRequestPayload{UniqueIdentifier: id, Data: make([]byte, 16)}), kmip.ResultReasonOperationNotSupported},
+		"Encrypt in KMIP 1.1":  {request(1, &payloads.EncryptRequestPayload{UniqueIdentifier: id, Data: make([]byte, 16)}), kmip.ResultReasonOperationNotSupported},
+		"Sign":                 {request(4, &payloads.SignRequestPayload{UniqueIdentifier: id, Data: make([]byte, 16)}), kmip.ResultReasonOperationNotSupported},
 		"Get of nothing":       {payload(kmip.OperationGet), kmip.ResultReasonItemNotFound},
 		"Get of a guess":       {payload(kmip.OperationGet, ttlv.Value{Tag: kmip.TagUniqueIdentifier, Value: "../default/" + id}), kmip.ResultReasonItemNotFound},
 		"Get twice over":       {payload(kmip.OperationGet, uid, uid), kmip.ResultReasonInvalidMessage},
@@ -676,7 +676,7 @@ func TestBadRequests(t *testing.T) {
 		"Get with an unknown field": {payload(kmip.OperationGet, uid, ttlv.Value{Tag: kmip.TagComment, Value: "x"}), kmip.ResultReasonInvalidField},
 		"Get with wrapping after a stray field": {payload(kmip.OperationGet, uid, ttlv.Value{Tag: kmip.TagKeyWrappingSpecification, Value: ttlv.Struct{}},
 			ttlv.Value{Tag: kmip.TagKeyFormatType, Value: ttlv.Enum(1)}), kmip.ResultReasonInvalidField},
-		"Get wrapped":              {request(4, &payloads.GetRequestPayload{UniqueIdentifier: id, KeyWrappingSpecification: &kmip.KeyWrappingSpecification{WrappingMethod: kmip.WrappingMethodEncrypt}}), kmip.ResultReasonFeatureNotSupported},
+		"Get wrapped":              {request(4, &payloads.GetRequestPayload{UniqueIdentifier: id, KeyWrappingSpecification: &kmip.KeyWrappingSpecification{WrappingMethod: kmip.WrappingMethodMACSign}}), kmip.ResultReasonFeatureNotSupported},
 		"Get as PKCS#8":            {request(4, &payloads.GetRequestPayload{UniqueIdentifier: id, KeyFormatType: kmip.KeyFormatTypePKCS_8}), kmip.ResultReasonKeyFormatTypeNotSupported},
 		"Get compressed":           {request(4, &payloads.GetRequestPayload{UniqueIdentifier: id, KeyCompressionType: kmip.KeyCompressionTypeECPublicKeyTypeUncompressed}), kmip.ResultReasonKeyCompressionTypeNotSupported},
 		"Create by template":       {request(1, &payloads.CreateRequestPayload{ObjectType: kmip.ObjectTypeSymmetricKey, TemplateAttribute: kmip.TemplateAttribute{Name: []kmip.Name{{NameValue: "t", NameType: 1}}}}), kmip.ResultReasonItemNotFound},

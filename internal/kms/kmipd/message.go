@@ -116,18 +116,41 @@ func (r *reply) handle(ctx context.Context, open sessionOpener, msg []byte) (kee
 	return true
 }
 
-// run processes the batch in order. Without another wish of the client it ends
-// at the first failure (KMIP 1.4 §6.14); items after it are not answered.
+// run processes the batch in order, whatever the Batch Order Option. Without
+// another wish of the client it ends at the first failure (KMIP 1.4 §6.14); items
+// after it are not answered.
 func (r *reply) run(c *call, batch []item, onError kmip.BatchErrorContinuationOption) {
 	for _, it := range batch {
 		answer := c.do(it)
 		r.message.BatchItem = append(r.message.BatchItem, answer)
-		if answer.ResultStatus != kmip.ResultStatusSuccess {
-			c.placeholder = "" // no later item may hit the object of an earlier one
-			if onError != kmip.BatchErrorContinuationOptionContinue {
-				return
-			}
+		if answer.ResultStatus == kmip.ResultStatusSuccess {
+			continue
 		}
+		c.placeholder = "" // no later item may hit the object of an earlier one
+		switch onError {
+		case kmip.BatchErrorContinuationOptionContinue:
+			continue
+		case kmip.BatchErrorContinuationOptionUndo:
+			r.undo(c)
+		}
+		return
+	}
+}
+
+// undo takes back what the items before the last one have done. What cannot be
+// undone stays as it was answered, and the failed item says so.
+func (r *reply) undo(c *call) {
+	last := len(r.message.BatchItem) - 1
+	if err := c.session.Undo(c); err != nil {
+		r.s.log.Error("kmip: batch could not be undone", "client", c.session.Name, "from", r.from, "error", err)
+		r.message.BatchItem[last].ResultMessage += "; " + kms.AsError(err).Message
+		return
+	}
+	r.s.log.Info("kmip: batch undone", "items", last, "client", c.session.Name, "from", r.from)
+	for i := range r.message.BatchItem[:last] {
+		it := &r.message.BatchItem[i]
+		it.ResultStatus, it.ResultReason, it.ResponsePayload = kmip.ResultStatusOperationUndone, kmip.ResultReasonOperationCanceledByRequester, nil
+		it.ResultMessage = "undone, as the request asks, because a later item failed"
 	}
 }
 
@@ -160,8 +183,6 @@ func readHeader(it item) (h kmip.RequestHeader, err error) {
 		return h, kms.Refuse(kmip.ResultReasonInvalidField, "the maximum response size is negative")
 	case h.AsynchronousIndicator != nil && *h.AsynchronousIndicator:
 		return h, kms.Refuse(kmip.ResultReasonFeatureNotSupported, "asynchronous operation is not supported")
-	case h.BatchErrorContinuationOption == kmip.BatchErrorContinuationOptionUndo:
-		return h, kms.Refuse(kmip.ResultReasonFeatureNotSupported, "batch error continuation option Undo is not supported")
 	case h.BatchErrorContinuationOption > kmip.BatchErrorContinuationOptionUndo:
 		return h, kms.Refuse(kmip.ResultReasonInvalidField, "the batch error continuation option is unknown")
 	}
@@ -205,6 +226,10 @@ func (r *reply) encode() *encoder {
 	r.message.Header.ProtocolVersion = r.version
 	r.message.Header.TimeStamp = r.s.now().Truncate(time.Second)
 	r.message.Header.BatchCount = int32(len(r.message.BatchItem))
+	for i := range r.message.BatchItem {
+		it := &r.message.BatchItem[i]
+		it.ResultReason = known(it.ResultReason, r.version.Minor())
+	}
 	e := r.s.encoders.Get().(*encoder)
 	for {
 		e.Any(&r.message)
@@ -217,6 +242,22 @@ func (r *reply) encode() *encoder {
 			r.max = 0 // the least that can be said; it must be said
 		}
 	}
+}
+
+// known is a result reason as the client's version has it: what came later is
+// told as what a client of that version would have got.
+func known(reason kmip.ResultReason, minor int) kmip.ResultReason {
+	switch {
+	case minor < 4 && (reason == kmip.ResultReasonSensitive || reason == kmip.ResultReasonNotExtractable):
+		return kmip.ResultReasonPermissionDenied
+	case minor < 4 && reason == kmip.ResultReasonObjectAlreadyExists:
+		return kmip.ResultReasonIllegalOperation
+	case minor < 2 && reason == kmip.ResultReasonKeyValueNotPresent:
+		return kmip.ResultReasonItemNotFound
+	case minor < 1 && reason == kmip.ResultReasonEncodingOptionError:
+		return kmip.ResultReasonInvalidField
+	}
+	return reason
 }
 
 // shrink turns the item with the largest payload into an error; false when no

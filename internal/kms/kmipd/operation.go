@@ -52,15 +52,18 @@ func many(tag int) field { return field{tag: tag, repeats: true} }
 // operations is everything that Query lists. Query itself reads it, hence a
 // function.
 func operations() []operation {
-	id := one(kmip.TagUniqueIdentifier)
+	id, params, data := one(kmip.TagUniqueIdentifier), one(kmip.TagCryptographicParameters), one(kmip.TagData)
+	form := []field{one(kmip.TagKeyFormatType), one(kmip.TagKeyWrapType), one(kmip.TagKeyCompressionType), one(kmip.TagKeyWrappingSpecification)}
+	part := []field{one(kmip.TagCorrelationValue), one(kmip.TagInitIndicator), one(kmip.TagFinalIndicator)}
+	sealed := []field{one(kmip.TagAuthenticatedEncryptionAdditionalData), one(kmip.TagAuthenticatedEncryptionTag)}
+	join := func(lists ...[]field) []field { return slices.Concat(lists...) }
 	return []operation{
 		row(kmip.OperationCreate, 0, create, one(kmip.TagObjectType), one(kmip.TagTemplateAttribute)),
 		row(kmip.OperationRegister, 0, register, one(kmip.TagObjectType), one(kmip.TagTemplateAttribute),
 			one(kmip.TagSymmetricKey), one(kmip.TagSecretData), one(kmip.TagOpaqueObject)),
 		row(kmip.OperationLocate, 0, locate, one(kmip.TagMaximumItems), one(kmip.TagOffsetItems), one(kmip.TagStorageStatusMask),
 			one(kmip.TagObjectGroupMember), one(kmip.TagTemplateAttribute), many(kmip.TagAttribute)),
-		row(kmip.OperationGet, 0, get, id, one(kmip.TagKeyFormatType), one(kmip.TagKeyWrapType),
-			one(kmip.TagKeyCompressionType), one(kmip.TagKeyWrappingSpecification)),
+		row(kmip.OperationGet, 0, get, join([]field{id}, form)...),
 		row(kmip.OperationGetAttributes, 0, getAttributes, id, many(kmip.TagAttributeName)),
 		row(kmip.OperationGetAttributeList, 0, getAttributeList, id),
 		row(kmip.OperationAddAttribute, 0, addAttribute, id, one(kmip.TagAttribute)),
@@ -69,8 +72,26 @@ func operations() []operation {
 		row(kmip.OperationActivate, 0, activate, id),
 		row(kmip.OperationRevoke, 0, revoke, id, one(kmip.TagRevocationReason), one(kmip.TagCompromiseOccurrenceDate)),
 		row(kmip.OperationDestroy, 0, destroy, id),
+		row(kmip.OperationReKey, 0, rekey, id, one(kmip.TagOffset), one(kmip.TagTemplateAttribute)),
+		row(kmip.OperationDeriveKey, 0, deriveKey, one(kmip.TagObjectType), many(kmip.TagUniqueIdentifier), one(kmip.TagDerivationMethod),
+			one(kmip.TagDerivationParameters), one(kmip.TagTemplateAttribute)),
+		row(kmip.OperationCheck, 0, checkObject, id, one(kmip.TagUsageLimitsCount), one(kmip.TagCryptographicUsageMask), one(kmip.TagLeaseTime)),
+		row(kmip.OperationObtainLease, 0, obtainLease, id),
+		row(kmip.OperationGetUsageAllocation, 0, getUsageAllocation, id, one(kmip.TagUsageLimitsCount)),
+		row(kmip.OperationArchive, 0, archive, id),
+		row(kmip.OperationRecover, 0, recoverObject, id),
 		row(kmip.OperationQuery, 0, query, many(kmip.TagQueryFunction)),
 		row(kmip.OperationDiscoverVersions, 1, discoverVersions, many(kmip.TagProtocolVersion)),
+		row(kmip.OperationEncrypt, 2, encrypt, join([]field{id, params, data, one(kmip.TagIVCounterNonce)}, part, sealed[:1])...),
+		row(kmip.OperationDecrypt, 2, decrypt, join([]field{id, params, data, one(kmip.TagIVCounterNonce)}, part, sealed)...),
+		row(kmip.OperationMAC, 2, mac, join([]field{id, params, data}, part)...),
+		row(kmip.OperationMACVerify, 2, macVerify, join([]field{id, params, data, one(kmip.TagMACData)}, part)...),
+		row(kmip.OperationHash, 2, hash, join([]field{params, data}, part)...),
+		row(kmip.OperationRNGRetrieve, 2, rngRetrieve, one(kmip.TagDataLength)),
+		row(kmip.OperationRNGSeed, 2, rngSeed, data),
+		row(kmip.OperationImport, 4, importObject, id, one(kmip.TagObjectType), one(kmip.TagReplaceExisting), one(kmip.TagKeyWrapType),
+			many(kmip.TagAttribute), one(kmip.TagSymmetricKey), one(kmip.TagSecretData), one(kmip.TagOpaqueObject)),
+		row(kmip.OperationExport, 4, export, join([]field{id}, form)...),
 	}
 }
 
@@ -79,7 +100,7 @@ func (c *call) do(it item) kmip.ResponseBatchItem {
 	var answer kmip.ResponseBatchItem
 	parts := items(it.value)
 	if err := inOrder(parts, itemFields); err != nil {
-		return failed(answer, kms.Refuse(fieldReason(err), "batch item: %v", err))
+		return c.refused(answer, kms.Refuse(fieldReason(err), "batch item: %v", err))
 	}
 	var payload *item
 	for i, p := range parts {
@@ -101,22 +122,22 @@ func (c *call) do(it item) kmip.ResponseBatchItem {
 				err = d.Any(&x)
 			}
 			if err == nil && x.CriticalityIndicator {
-				return failed(answer, kms.Refuse(kmip.ResultReasonFeatureNotSupported, "the critical message extension is not known"))
+				return c.refused(answer, kms.Refuse(kmip.ResultReasonFeatureNotSupported, "the critical message extension is not known"))
 			}
 		}
 		if err != nil {
-			return failed(answer, kms.Refuse(kmip.ResultReasonInvalidMessage, "the batch item cannot be read"))
+			return c.refused(answer, kms.Refuse(kmip.ResultReasonInvalidMessage, "the batch item cannot be read"))
 		}
 	}
 	op, ok := c.s.operations[answer.Operation]
 	if !ok || op.since > c.reply.version.Minor() {
-		return failed(answer, kms.Refuse(kmip.ResultReasonOperationNotSupported, "the operation is not supported"))
+		return c.refused(answer, kms.Refuse(kmip.ResultReasonOperationNotSupported, "the operation is not supported"))
 	}
 	if payload == nil || payload.typ != ttlv.TypeStructure {
-		return failed(answer, kms.Refuse(kmip.ResultReasonInvalidMessage, "the batch item has no request payload"))
+		return c.refused(answer, kms.Refuse(kmip.ResultReasonInvalidMessage, "the batch item has no request payload"))
 	}
 	if err := inOrder(items(payload.value), op.fields); err != nil {
-		return failed(answer, kms.Refuse(fieldReason(err), "request payload: %v", err))
+		return c.refused(answer, kms.Refuse(fieldReason(err), "request payload: %v", err))
 	}
 	c.object = ""
 	err := c.session.Begin(op.code)
@@ -136,6 +157,12 @@ func (c *call) do(it item) kmip.ResponseBatchItem {
 	}
 	answer.ResponsePayload = result
 	return answer
+}
+
+// refused answers an item that does not come to be an operation. The audit log
+// has it as any other.
+func (c *call) refused(answer kmip.ResponseBatchItem, err error) kmip.ResponseBatchItem {
+	return failed(answer, c.session.End(c, answer.Operation, "", err))
 }
 
 // changed logs what a client did to an object.
@@ -227,76 +254,6 @@ func locate(c *call, r *locateRequest) (kmip.OperationPayload, error) {
 	return found, nil
 }
 
-func getAttributes(c *call, r *payloads.GetAttributesRequestPayload) (kmip.OperationPayload, error) {
-	id := c.id(r.UniqueIdentifier)
-	list, err := c.attributes(id, r.AttributeName...)
-	if err != nil {
-		return nil, err
-	}
-	c.placeholder = id
-	return &payloads.GetAttributesResponsePayload{UniqueIdentifier: id, Attribute: list}, nil
-}
-
-func getAttributeList(c *call, r *payloads.GetAttributeListRequestPayload) (kmip.OperationPayload, error) {
-	id := c.id(r.UniqueIdentifier)
-	list, err := c.attributes(id)
-	if err != nil {
-		return nil, err
-	}
-	var names []kmip.AttributeName
-	for _, a := range list {
-		if !slices.Contains(names, a.AttributeName) {
-			names = append(names, a.AttributeName)
-		}
-	}
-	c.placeholder = id
-	return &payloads.GetAttributeListResponsePayload{UniqueIdentifier: id, AttributeName: names}, nil
-}
-
-// attributes are those that the client's version knows.
-func (c *call) attributes(id string, names ...kmip.AttributeName) ([]kmip.Attribute, error) {
-	list, err := c.session.Attributes(c, id, names...)
-	return slices.DeleteFunc(list, func(a kmip.Attribute) bool {
-		return !kms.Visible(a.AttributeName, c.reply.version.Minor())
-	}), err
-}
-
-func addAttribute(c *call, r *payloads.AddAttributeRequestPayload) (kmip.OperationPayload, error) {
-	id := c.id(r.UniqueIdentifier)
-	if err := c.given([]kmip.Attribute{r.Attribute}); err != nil {
-		return nil, err
-	}
-	a, err := c.session.AddAttribute(c, id, r.Attribute)
-	if err != nil {
-		return nil, err
-	}
-	c.placeholder = id
-	return &payloads.AddAttributeResponsePayload{UniqueIdentifier: id, Attribute: a}, nil
-}
-
-func modifyAttribute(c *call, r *payloads.ModifyAttributeRequestPayload) (kmip.OperationPayload, error) {
-	id := c.id(r.UniqueIdentifier)
-	if err := c.given([]kmip.Attribute{r.Attribute}); err != nil {
-		return nil, err
-	}
-	a, err := c.session.ModifyAttribute(c, id, r.Attribute)
-	if err != nil {
-		return nil, err
-	}
-	c.placeholder = id
-	return &payloads.ModifyAttributeResponsePayload{UniqueIdentifier: id, Attribute: a}, nil
-}
-
-func deleteAttribute(c *call, r *payloads.DeleteAttributeRequestPayload) (kmip.OperationPayload, error) {
-	id := c.id(r.UniqueIdentifier)
-	a, err := c.session.DeleteAttribute(c, id, r.AttributeName, r.AttributeIndex)
-	if err != nil {
-		return nil, err
-	}
-	c.placeholder = id
-	return &payloads.DeleteAttributeResponsePayload{UniqueIdentifier: id, Attribute: a}, nil
-}
-
 func activate(c *call, r *payloads.ActivateRequestPayload) (kmip.OperationPayload, error) {
 	id := c.id(r.UniqueIdentifier)
 	if err := c.session.Activate(c, id); err != nil {
@@ -329,48 +286,4 @@ func destroy(c *call, r *payloads.DestroyRequestPayload) (kmip.OperationPayload,
 	c.placeholder = id
 	c.changed("destroyed", id)
 	return &payloads.DestroyResponsePayload{UniqueIdentifier: id}, nil
-}
-
-func discoverVersions(_ *call, r *payloads.DiscoverVersionsRequestPayload) (kmip.OperationPayload, error) {
-	var list []kmip.ProtocolVersion
-	for minor := highest.ProtocolVersionMinor; minor >= 0; minor-- { // most preferred first
-		v := kmip.ProtocolVersion{ProtocolVersionMajor: 1, ProtocolVersionMinor: minor}
-		if len(r.ProtocolVersion) == 0 || slices.Contains(r.ProtocolVersion, v) {
-			list = append(list, v)
-		}
-	}
-	return &payloads.DiscoverVersionsResponsePayload{ProtocolVersion: list}, nil
-}
-
-// query tells what works, and no more (KMIP 1.4 §4.25). Functions that a
-// version does not have, and those with nothing to tell, add nothing.
-func query(c *call, r *payloads.QueryRequestPayload) (kmip.OperationPayload, error) {
-	if len(r.QueryFunction) == 0 {
-		return nil, kms.Refuse(kmip.ResultReasonInvalidMessage, "a Query Function is needed")
-	}
-	var answer payloads.QueryResponsePayload
-	for _, f := range r.QueryFunction {
-		switch f {
-		case kmip.QueryFunctionOperations:
-			answer.Operations = nil
-			for _, o := range operations() {
-				if o.since <= c.reply.version.Minor() {
-					answer.Operations = append(answer.Operations, o.code)
-				}
-			}
-		case kmip.QueryFunctionObjects:
-			answer.ObjectType = []kmip.ObjectType{kmip.ObjectTypeSymmetricKey, kmip.ObjectTypeSecretData, kmip.ObjectTypeOpaqueObject}
-		case kmip.QueryFunctionServerInformation:
-			answer.VendorIdentification = "Mortise"
-		case kmip.QueryFunctionRNGs:
-			answer.RNGParameters = []kmip.RNGParameters{{RNGAlgorithm: kmip.RNGAlgorithmUnspecified}}
-		case kmip.QueryFunctionCapabilities:
-			no, yes := false, true
-			answer.CapabilityInformation = []kmip.CapabilityInformation{{
-				StreamingCapability: &no, AsynchronousCapability: &no, AttestationCapability: &no,
-				BatchUndoCapability: &no, BatchContinueCapability: &yes,
-			}}
-		}
-	}
-	return &answer, nil
 }

@@ -79,4 +79,4 @@ with pie.ProxyKmipClient(hostname="127.0.0.1", port=int(port), cert=cert, key=ke
     if version != "1.0":
         c.revoke(enums.RevocationReasonCode.KEY_COMPROMISE, word, "seen")
         step("compromise", c.get_attributes(word, ["State"])[1][0].attribute_value.value == enums.State.COMPROMISED)
-    step("an operation that is not there", reason(c.encrypt, b"x" * 16, uid) == enums.ResultReason.OPERATION_NOT_SUPPORTED)
+    step("an operation that is not there", reason(c.sign, b"x" * 16, uid) == enums.ResultReason.OPERATION_NOT_SUPPORTED)
