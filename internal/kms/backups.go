@@ -53,11 +53,6 @@ const KindFile = "file"
 // backupShare is how many root keys are shared at a time.
 const backupShare = 32
 
-// sharer is a root-key provider whose keys can be handed on.
-type sharer interface {
-	Share(ctx context.Context, ids []string) (*secret.Key, error)
-}
-
 // errChangedMeanwhile: a CRK was made or rotated while a backup ran.
 var errChangedMeanwhile = errors.New("root keys have changed while the backup was made; make it again")
 
@@ -66,7 +61,7 @@ var errChangedMeanwhile = errors.New("root keys have changed while the backup wa
 // own; so do the anchors of its members' audit logs (S9).
 func LeftOutOfBackup(collection string) bool {
 	switch collection {
-	case "member", "join-token", "peer-authority", "clock", quarantineCollection, actsCollection:
+	case "member", "join-token", "peer-authority", "holdings", "clock", quarantineCollection, actsCollection:
 		return true
 	}
 	return strings.HasPrefix(collection, "audit")
@@ -132,12 +127,26 @@ func (k *KMS) beginBackup(ctx context.Context, by Actor) (b Backup, needed map[s
 	if err != nil {
 		return b, nil, fmt.Errorf("kms: reading the instances: %w", err)
 	}
+	crks, err := k.crks.List(ctx, "")
+	if err != nil {
+		return b, nil, fmt.Errorf("kms: reading the CRKs: %w", err)
+	}
 	b = Backup{Time: k.now().UTC().Truncate(time.Second), By: by.Name, CRKs: []string{}}
 	needed = map[string][]string{}
-	for _, e := range entries {
-		if kind, id := e.Value.Provider, e.Value.CRK; !slices.Contains(needed[kind], id) {
+	need := func(kind, id string) {
+		if !slices.Contains(needed[kind], id) {
 			needed[kind] = append(needed[kind], id)
 			b.CRKs = append(b.CRKs, id)
+		}
+	}
+	for _, e := range entries {
+		need(e.Value.Provider, e.Value.CRK)
+	}
+	// And those that are about to be used: a rotation may be under way. Retired
+	// ones open nothing that is in this backup.
+	for _, e := range crks {
+		if e.Value.State == CRKUnused || e.Value.State == CRKActive {
+			need(e.Value.Provider, e.Key)
 		}
 	}
 	slices.Sort(b.CRKs)
@@ -159,9 +168,18 @@ func (k *KMS) shareRootKeys(ctx context.Context, ids []string) (shares []*secret
 	if root == nil {
 		return nil, ErrLocked
 	}
-	keys, ok := root.(sharer)
+	keys, ok := root.(Sharer)
 	if !ok {
 		return nil, errors.New("this root-key provider cannot hand on its keys")
+	}
+	here, err := keys.List(ctx)
+	if err != nil {
+		return nil, err
+	}
+	for _, id := range ids {
+		if !slices.Contains(here, id) {
+			return nil, fmt.Errorf("this member has no CRK %s; make the backup on another member", id)
+		}
 	}
 	for chunk := range slices.Chunk(ids, backupShare) {
 		share, err := keys.Share(ctx, chunk)
