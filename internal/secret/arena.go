@@ -11,7 +11,7 @@ import (
 
 // Keys are small (a KEK has 32 bytes, an XTS DEK 64) and a host keeps
 // thousands, so pages are cut into slots of slotSize; a longer secret takes
-// consecutive slots of one page.
+// consecutive slots of one page, and one longer than a page has pages of its own.
 const (
 	pageSize = 4096
 	slotSize = 64
@@ -33,6 +33,13 @@ func alloc(n int) (*Key, error) {
 	if n < 1 || n > MaxLen {
 		return nil, fmt.Errorf("secret: a key has 1 to %d bytes, not %d", MaxLen, n)
 	}
+	if n > pageSize {
+		mem, err := lockedPages((n + pageSize - 1) / pageSize)
+		if err != nil {
+			return nil, err
+		}
+		return newKey(mem[:n]), nil
+	}
 	want := (n + slotSize - 1) / slotSize
 	arena.Lock()
 	defer arena.Unlock()
@@ -41,7 +48,7 @@ func alloc(n int) (*Key, error) {
 			return newKey(b), nil
 		}
 	}
-	mem, err := lockedPage()
+	mem, err := lockedPages(1)
 	if err != nil {
 		return nil, err
 	}
@@ -77,6 +84,10 @@ func (p *page) take(want, n int) []byte {
 func release(b []byte) {
 	b = b[:cap(b)]
 	clear(b)
+	if len(b) > pageSize {
+		_ = unix.Munmap(b) // cannot fail for our own mapping
+		return
+	}
 	arena.Lock()
 	defer arena.Unlock()
 	at := address(b)
@@ -91,9 +102,9 @@ func release(b []byte) {
 
 func address(b []byte) uintptr { return uintptr(unsafe.Pointer(unsafe.SliceData(b))) }
 
-// lockedPage maps one page that is never swapped, dumped or forked.
-func lockedPage() ([]byte, error) {
-	mem, err := unix.Mmap(-1, 0, pageSize, unix.PROT_READ|unix.PROT_WRITE, unix.MAP_ANON|unix.MAP_PRIVATE)
+// lockedPages maps n pages that are never swapped, dumped or forked.
+func lockedPages(n int) ([]byte, error) {
+	mem, err := unix.Mmap(-1, 0, n*pageSize, unix.PROT_READ|unix.PROT_WRITE, unix.MAP_ANON|unix.MAP_PRIVATE)
 	if err != nil {
 		return nil, fmt.Errorf("secret: mapping a page for keys: %w", err)
 	}

@@ -24,7 +24,7 @@ import (
 const Redacted = "[redacted]"
 
 // MaxLen is the longest secret, in bytes, that a Key holds.
-const MaxLen = pageSize
+const MaxLen = 4 * pageSize
 
 // ErrMarshal is returned by every marshalling method of a Key: a key never
 // leaves the process inside a record that somebody forgot to look at.

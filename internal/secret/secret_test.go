@@ -72,7 +72,7 @@ func TestLengths(t *testing.T) {
 			t.Errorf("Random(%d) succeeded", n)
 		}
 	}
-	for _, n := range []int{1, 32, 63, 64, 65, 128, 4095, MaxLen} {
+	for _, n := range []int{1, 32, 63, 64, 65, 128, 4095, 4096, 4097, MaxLen - 1, MaxLen} {
 		k, err := Random(nil, n)
 		if err != nil {
 			t.Fatalf("Random(%d): %v", n, err)
