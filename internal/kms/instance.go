@@ -70,7 +70,7 @@ func (k *KMS) openInstance(ctx context.Context, roots map[string]RootKeys, e sto
 	if i.objects, err = store.NewCollection(ctx, s, "object-"+id, store.Codec[*object](objectCodec{i}), store.DecodeOnRead[*object](), store.IndexBy(indexObject)); err != nil {
 		return nil, err
 	}
-	if i.names, err = store.NewCollection(ctx, s, "name-"+id, store.JSON[string](1)); err != nil {
+	if i.names, err = store.NewCollection(ctx, s, "name-"+id, store.JSON[string](1), store.Uncached[string]()); err != nil {
 		return nil, err
 	}
 	if i.clients, err = store.NewCollection(ctx, s, "client-"+id, store.Sealed(store.JSON[Client](1), i)); err != nil {

@@ -5,6 +5,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"runtime/debug"
 	"slices"
 	"strings"
 
@@ -28,13 +29,17 @@ type Entry[T any] struct {
 
 // A Collection is the records under one name, cached in memory.
 type Collection[T any] struct {
-	s     *Store
-	name  string
-	codec Codec[T]
-	lazy  bool               // see DecodeOnRead
-	rows  map[string]*row[T] // guarded by s.cache.mu
-	index *index[T]          // nil without IndexBy; guarded alike
+	s        *Store
+	name     string
+	codec    Codec[T]
+	lazy     bool               // see DecodeOnRead
+	uncached bool               // see Uncached
+	rows     map[string]*row[T] // guarded by s.cache.mu
+	index    *index[T]          // nil without IndexBy; guarded alike
 }
+
+// largeLoad is how many records are many.
+const largeLoad = 100_000
 
 // An Option says how a collection is kept in memory.
 type Option[T any] func(*Collection[T])
@@ -44,6 +49,11 @@ type Option[T any] func(*Collection[T])
 // should not lie about in clear. Every record is still decoded once when it
 // comes, so that damage is reported then.
 func DecodeOnRead[T any]() Option[T] { return func(c *Collection[T]) { c.lazy = true } }
+
+// Uncached keeps nothing in memory: reads ask etcd's database. It is for large
+// collections that are written and hardly read, such as an index whose only use
+// is that a place in it is taken once.
+func Uncached[T any]() Option[T] { return func(c *Collection[T]) { c.uncached = true } }
 
 // NewCollection loads the collection called name (lower-case letters, digits,
 // hyphens) and keeps it current. A second one of the same name is an error.
@@ -57,6 +67,9 @@ func NewCollection[T any](ctx context.Context, s *Store, name string, codec Code
 	}
 	if err := s.load(ctx, name, c); err != nil {
 		return nil, fmt.Errorf("store: loading collection %s: %w", name, err)
+	}
+	if len(c.rows) > largeLoad {
+		debug.FreeOSMemory() // a load leaves as much garbage as it loads
 	}
 	return c, nil
 }
@@ -89,6 +102,9 @@ func (c *Collection[T]) Get(ctx context.Context, key string) (Entry[T], error) {
 }
 
 func (c *Collection[T]) peek(key string) (Entry[T], error) {
+	if c.uncached {
+		return c.ask(key)
+	}
 	c.s.cache.mu.RLock()
 	r := c.rows[key]
 	c.s.cache.mu.RUnlock()
@@ -109,6 +125,12 @@ func (c *Collection[T]) List(ctx context.Context, prefix string) ([]Entry[T], er
 		rows    []*row[T]
 		damaged []error
 	)
+	if c.uncached {
+		var err error
+		if rows, err = c.askAll(ctx, prefix); err != nil {
+			return nil, fmt.Errorf("store: listing %s: %w", c.at(prefix), err)
+		}
+	}
 	c.s.cache.mu.RLock()
 	for key, r := range c.rows {
 		if strings.HasPrefix(key, prefix) {

@@ -202,6 +202,46 @@ func TestManyPages(t *testing.T) {
 	}
 }
 
+// TestUncached: a collection that is not in memory reads and writes like one that
+// is.
+func TestUncached(t *testing.T) {
+	s := open(t, t.TempDir())
+	ctx := t.Context()
+	c, err := NewCollection(ctx, s, "vm", JSON[vm](1), Uncached[vm]())
+	if err != nil {
+		t.Fatal(err)
+	}
+	rev := commit(t, s, c.Create("a", vm{Name: "one"}), c.Create("b", vm{Name: "two"}))
+	if e, err := c.Get(ctx, "a"); err != nil || e.Value.Name != "one" || e.Revision != rev || e.Key != "a" {
+		t.Errorf("Get: %+v, %v", e, err)
+	}
+	if _, err := s.Commit(ctx, c.Create("a", vm{})); !errors.Is(err, ErrExists) {
+		t.Errorf("a second Create: %v", err)
+	}
+	if _, err := c.Edit(ctx, "a", func(v *vm) error { v.Name = "changed"; return nil }); err != nil {
+		t.Error(err)
+	}
+	if e, ok := c.Peek("a"); !ok || e.Value.Name != "changed" {
+		t.Errorf("after Edit: %+v", e)
+	}
+	commit(t, s, c.Delete("b", rev))
+	if _, err := c.Get(ctx, "b"); !errors.Is(err, ErrNotFound) {
+		t.Errorf("after Delete: %v", err)
+	}
+	if list, err := c.List(ctx, ""); err != nil || len(list) != 1 || list[0].Key != "a" {
+		t.Errorf("List: %+v, %v", list, err)
+	}
+	if _, err := s.client.Put(ctx, "/vm/a", "no JSON"); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := c.Get(ctx, "a"); !errors.Is(err, ErrDamaged) {
+		t.Errorf("a damaged record: %v", err)
+	}
+	if err := s.rebuild(ctx); err != nil || len(c.rows) != 0 {
+		t.Errorf("after a rebuild %d rows are in memory (%v)", len(c.rows), err)
+	}
+}
+
 func BenchmarkFind(b *testing.B) {
 	for _, n := range []int{1000, 100_000} {
 		s := open(b, b.TempDir())

@@ -1,12 +1,14 @@
 package store
 
 import (
+	"context"
 	"fmt"
 	"iter"
 	"runtime"
 	"sync"
 
 	"go.etcd.io/etcd/api/v3/mvccpb"
+	"go.etcd.io/etcd/server/v3/storage/mvcc"
 )
 
 // A row is a record in memory. It does not change: a write puts another in its
@@ -70,9 +72,17 @@ type table interface {
 	stage(pages iter.Seq2[[]*mvccpb.KeyValue, error]) (replace func() (changed []string), err error)
 }
 
-func (c *Collection[T]) prepare(key string, kv *mvccpb.KeyValue) any { return c.row(key, kv) }
+func (c *Collection[T]) prepare(key string, kv *mvccpb.KeyValue) any {
+	if c.uncached {
+		return nil
+	}
+	return c.row(key, kv)
+}
 
 func (c *Collection[T]) install(key string, prepared any) {
+	if c.uncached {
+		return
+	}
 	old := c.rows[key]
 	r, _ := prepared.(*row[T])
 	if r == nil {
@@ -87,6 +97,9 @@ func (c *Collection[T]) install(key string, prepared any) {
 
 // stage decodes on all cores while further pages are read.
 func (c *Collection[T]) stage(pages iter.Seq2[[]*mvccpb.KeyValue, error]) (func() []string, error) {
+	if c.uncached {
+		return func() []string { return nil }, nil
+	}
 	var (
 		work    = make(chan []*mvccpb.KeyValue, 1)
 		workers sync.WaitGroup
@@ -138,4 +151,28 @@ func (c *Collection[T]) stage(pages iter.Seq2[[]*mvccpb.KeyValue, error]) (func(
 		c.rows, c.index = rows, fresh
 		return changed
 	}, nil
+}
+
+// ask reads a record of an uncached collection as this member has it.
+func (c *Collection[T]) ask(key string) (Entry[T], error) {
+	r, err := c.s.etcd.Server.KV().Range(context.Background(), []byte(c.at(key)), nil, mvcc.RangeOptions{})
+	if err != nil {
+		return Entry[T]{}, fmt.Errorf("store: reading %s: %w", c.at(key), fromEtcd(err))
+	}
+	if len(r.KVs) == 0 {
+		return Entry[T]{}, fmt.Errorf("store: %s: %w", c.at(key), ErrNotFound)
+	}
+	return c.entry(c.row(key, r.KVs[0]))
+}
+
+func (c *Collection[T]) askAll(ctx context.Context, prefix string) (rows []*row[T], err error) {
+	for page, err := range c.s.pages(ctx, c.at(prefix), c.s.etcd.Server.KV().Rev()) {
+		if err != nil {
+			return nil, fromEtcd(err)
+		}
+		for _, kv := range page {
+			rows = append(rows, c.row(string(kv.Key[len(c.name)+2:]), kv))
+		}
+	}
+	return rows, nil
 }
