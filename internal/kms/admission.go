@@ -20,7 +20,7 @@ import (
 // this member knows; who is unknown here is looked for again, linearizably. It is
 // not enough to serve a message. The errors are those of [KMS.Session].
 func (k *KMS) Admit(ctx context.Context, instanceID string, cert *x509.Certificate) error {
-	if inst, err := k.instance(instanceID); err == nil {
+	if inst := k.here(instanceID); inst != nil {
 		sum := sha256.Sum256(cert.Raw)
 		if e, ok := inst.clients.Peek(hex.EncodeToString(sum[:])); ok && e.Value.valid(k.now()) == nil {
 			return nil

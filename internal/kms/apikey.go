@@ -48,7 +48,7 @@ const (
 // AddAPIKey makes an API key and returns its text, which is kept nowhere else.
 // life 0 means a year. A server-wide key belongs to [DefaultInstance].
 func (k *KMS) AddAPIKey(ctx context.Context, by Actor, instanceID, name string, role Role, life time.Duration, serverWide bool) (APIKey, string, error) {
-	inst, err := k.instance(instanceID)
+	inst, err := k.instance(ctx, instanceID)
 	if err != nil {
 		return APIKey{}, "", err
 	}
@@ -96,7 +96,7 @@ func (k *KMS) APIKeyActor(ctx context.Context, text, from string) (Actor, error)
 	if !ok {
 		return Actor{}, fmt.Errorf("kms: %w: what was sent has not the form of an API key (%sINSTANCE_…)", ErrUnknownAPIKey, apiKeyPrefix)
 	}
-	inst, err := k.instance(instanceID)
+	inst, err := k.instance(ctx, instanceID)
 	if errors.Is(err, ErrUnknownInstance) {
 		return Actor{}, fmt.Errorf("kms: %w", ErrUnknownAPIKey)
 	}
@@ -132,7 +132,7 @@ func parseAPIKey(text string) (instance string, raw []byte, ok bool) {
 
 // APIKeys lists the API keys of an instance.
 func (k *KMS) APIKeys(ctx context.Context, instanceID string) ([]APIKey, error) {
-	inst, err := k.instance(instanceID)
+	inst, err := k.instance(ctx, instanceID)
 	if err != nil {
 		return nil, err
 	}
@@ -150,7 +150,7 @@ func (k *KMS) APIKeys(ctx context.Context, instanceID string) ([]APIKey, error) 
 // RemoveAPIKey ends the use of an API key. which is its id, or its label if that
 // is unique.
 func (k *KMS) RemoveAPIKey(ctx context.Context, by Actor, instanceID, which string) (APIKey, error) {
-	inst, err := k.instance(instanceID)
+	inst, err := k.instance(ctx, instanceID)
 	if err != nil {
 		return APIKey{}, err
 	}

@@ -11,10 +11,12 @@ import (
 // Begin is called before each operation of a session, End after it, with the
 // object that it was about and how it ended. What End returns is the client's
 // answer.
-func (s *Session) Begin(op kmip.Operation) error { return nil }
+func (s *Session) Begin(op kmip.Operation) error { return s.allow(op) }
 
 // End ends what Begin began.
-func (s *Session) End(ctx context.Context, op kmip.Operation, id string, err error) error { return err }
+func (s *Session) End(ctx context.Context, op kmip.Operation, id string, err error) error {
+	return s.inService(err)
+}
 
 // commit is how a session writes: in one transaction with all that belongs to
 // the change.

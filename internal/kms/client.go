@@ -55,17 +55,14 @@ var (
 // is the holder's address. The errors are ErrUnknownInstance, ErrUnknownClient,
 // ErrExpired, ErrInstanceLocked, or the store's.
 func (k *KMS) Session(ctx context.Context, instanceID string, cert *x509.Certificate, from string) (*Session, error) {
-	inst, err := k.instance(instanceID)
+	inst, settings, err := k.serving(ctx, instanceID)
 	if err != nil {
 		return nil, err
 	}
 	sum := sha256.Sum256(cert.Raw)
-	e, err := inst.clients.Get(ctx, hex.EncodeToString(sum[:]))
-	if errors.Is(err, store.ErrNotFound) {
+	e, ok := inst.clients.Peek(hex.EncodeToString(sum[:])) // serving has synced
+	if !ok {
 		return nil, fmt.Errorf("kms: %w: %q, SHA-256 %x; add it with: mortise kms client add FILE", ErrUnknownClient, cert.Subject, sum)
-	}
-	if err != nil {
-		return nil, fmt.Errorf("kms: looking up client certificate %x: %w", sum, err)
 	}
 	if err := e.Value.valid(k.now()); err != nil {
 		return nil, fmt.Errorf("kms: client certificate %q, SHA-256 %x: %w", cert.Subject, sum, err)
@@ -74,7 +71,7 @@ func (k *KMS) Session(ctx context.Context, instanceID string, cert *x509.Certifi
 		return nil, err
 	}
 	s := inst.session(k, e, from)
-	s.synced = true
+	s.synced, s.quota = true, settings.Quota
 	return s, nil
 }
 
@@ -107,7 +104,7 @@ type NewClient struct {
 
 // AddClient lets the holder of a certificate use an instance, from now on.
 func (k *KMS) AddClient(ctx context.Context, by Actor, instanceID string, n NewClient) (Client, error) {
-	inst, err := k.instance(instanceID)
+	inst, err := k.instance(ctx, instanceID)
 	if err != nil {
 		return Client{}, err
 	}
@@ -129,6 +126,13 @@ func (k *KMS) AddClient(ctx context.Context, by Actor, instanceID string, n NewC
 			c.Role = old.Role
 		}
 		ops[0] = inst.clients.Create(c.Fingerprint, c)
+	}
+	r, err := k.record(ctx, inst.id)
+	if err != nil {
+		return Client{}, err
+	}
+	if err := inst.roomForClient(r.Value.Settings.Quota); err != nil {
+		return Client{}, err
 	}
 	if err := k.commitAs(ctx, by, inst, "client add", c.Fingerprint, ops...); err != nil {
 		if errors.Is(err, store.ErrExists) {
@@ -196,7 +200,7 @@ func (k *KMS) supersede(ctx context.Context, inst *instance, n NewClient) (Clien
 
 // Clients lists the certificates of an instance by fingerprint.
 func (k *KMS) Clients(ctx context.Context, instanceID string) ([]Client, error) {
-	inst, err := k.instance(instanceID)
+	inst, err := k.instance(ctx, instanceID)
 	if err != nil {
 		return nil, err
 	}
@@ -214,7 +218,7 @@ func (k *KMS) Clients(ctx context.Context, instanceID string) ([]Client, error) 
 // Client returns one certificate of an instance, by its fingerprint or the
 // beginning of it, at least 8 digits long, or by its label if that is unique.
 func (k *KMS) Client(ctx context.Context, instanceID, which string) (Client, error) {
-	inst, err := k.instance(instanceID)
+	inst, err := k.instance(ctx, instanceID)
 	if err != nil {
 		return Client{}, err
 	}
@@ -249,7 +253,7 @@ func (i *instance) client(ctx context.Context, which string) (found store.Entry[
 // RemoveClient ends the use of an instance by a certificate, on open
 // connections too, from their next message on. which is as in [KMS.Client].
 func (k *KMS) RemoveClient(ctx context.Context, by Actor, instanceID, which string) (Client, error) {
-	inst, err := k.instance(instanceID)
+	inst, err := k.instance(ctx, instanceID)
 	if err != nil {
 		return Client{}, err
 	}

@@ -224,18 +224,36 @@ func (k *KMS) DeleteCRK(ctx context.Context, by Actor, id, hash string) error {
 	return k.keepUp(ctx)
 }
 
-// everything lists what an instance holds, a line each.
+// everything lists what an instance holds, a line each. Of one that is locked
+// nothing but the ids can be told.
 func (k *KMS) everything(ctx context.Context, id string) ([]string, error) {
-	i, err := k.instance(id)
-	if err != nil {
-		return []string{fmt.Sprintf("instance %s with all its keys; it is not open, so they cannot be listed", id)}, nil
-	}
 	lost := []string{fmt.Sprintf("instance %s with all its keys, and every backup of it", id)}
-	entries, err := i.objects.List(ctx, "")
-	if err != nil && !errors.Is(err, store.ErrDamaged) { // damaged ones are lost already
+	i, err := k.instance(ctx, id)
+	if errors.Is(err, ErrInstanceLocked) {
+		keys, err := k.store.Keys(ctx, "object-"+id)
+		if err != nil {
+			return nil, fmt.Errorf("kms: listing what would be lost: %w", err)
+		}
+		for _, key := range keys {
+			lost = append(lost, fmt.Sprintf("object %s of instance %s, which is locked", key, id))
+		}
+		return lost, nil
+	}
+	if errors.Is(err, ErrCRKDeleted) {
+		return lost, nil
+	}
+	if err != nil {
+		return nil, err
+	}
+	found, err := i.objects.Find(ctx)
+	if err != nil {
 		return nil, fmt.Errorf("kms: listing what would be lost: %w", err)
 	}
-	for _, e := range entries {
+	for e, err := range found.Newest() {
+		if err != nil {
+			lost = append(lost, fmt.Sprintf("object %s of instance %s, damaged", e.Key, id))
+			continue
+		}
 		lost = append(lost, fmt.Sprintf("object %s of instance %s, %s", e.Key, id, stateName(e.Value.State)))
 	}
 	return lost, nil

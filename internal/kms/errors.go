@@ -41,6 +41,8 @@ func AsError(err error) *Error {
 		return &Error{kmip.ResultReasonPermissionDenied, "the client certificate is no longer accepted", err}
 	case errors.Is(err, ErrQuarantined):
 		return &Error{kmip.ResultReasonPermissionDenied, "the server was restored from a backup and is not released yet", err}
+	case errors.Is(err, ErrInstanceLocked):
+		return &Error{kmip.ResultReasonPermissionDenied, "the instance is locked: it has no use of its root key; its keys are not lost", err}
 	case errors.Is(err, store.ErrNotFound):
 		return &Error{kmip.ResultReasonItemNotFound, "no such object", err}
 	case errors.Is(err, store.ErrDamaged):

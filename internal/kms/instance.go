@@ -18,7 +18,10 @@ import (
 // instanceRecord is how an instance is stored: in clear, its keys wrapped by
 // the CRK.
 type instanceRecord struct {
-	Created time.Time
+	Created  time.Time
+	Settings Settings
+	// Ungranted is since when it may not use its CRK; zero: it may.
+	Ungranted time.Time `json:",omitzero"`
 	// Provider is the kind of root-key provider that keeps the CRK.
 	Provider string
 	// CRK is the id of the root key that wraps the keys below.
@@ -49,6 +52,12 @@ type instance struct {
 	names   *store.Collection[string]
 	clients *store.Collection[Client]
 	apiKeys *store.Collection[APIKey]
+	// authorities has the instance's CA, once it has one.
+	authorities *store.Collection[*authority]
+
+	created int64       // revision at which its record was made
+	retired atomic.Bool // taken out of service
+	pace    bucket      // of requests, see Quota
 }
 
 // openInstance unwraps the keys of an instance and loads its records.
@@ -76,7 +85,10 @@ func (k *KMS) openInstance(ctx context.Context, roots map[string]RootKeys, e sto
 	if i.clients, err = store.NewCollection(ctx, s, "client-"+id, store.Sealed(store.JSON[Client](1), i)); err != nil {
 		return nil, err
 	}
-	i.apiKeys, err = store.NewCollection(ctx, s, "apikey-"+id, store.Sealed(store.JSON[APIKey](1), i))
+	if i.apiKeys, err = store.NewCollection(ctx, s, "apikey-"+id, store.Sealed(store.JSON[APIKey](1), i)); err != nil {
+		return nil, err
+	}
+	i.authorities, err = store.NewCollection(ctx, s, "authority-"+id, store.Codec[*authority](authorityCodec{i}))
 	return i, err
 }
 
@@ -101,11 +113,14 @@ func (i *instance) forget() {
 	if i.apiKeys != nil {
 		i.apiKeys.Close()
 	}
+	if i.authorities != nil {
+		i.authorities.Close()
+	}
 }
 
 // reload decodes the instance's sealed records anew.
 func (i *instance) reload(ctx context.Context) error {
-	return errors.Join(i.objects.Reload(ctx), i.clients.Reload(ctx), i.apiKeys.Reload(ctx))
+	return errors.Join(i.objects.Reload(ctx), i.clients.Reload(ctx), i.apiKeys.Reload(ctx), i.authorities.Reload(ctx))
 }
 
 // newInstance makes a CRK for the instance called id, and its keys.

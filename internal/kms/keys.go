@@ -215,7 +215,7 @@ func (k *KMS) end(i *instance) {
 		delete(k.instances, i.id)
 	}
 	k.mu.Unlock()
-	i.forget()
+	i.retire()
 	k.log.Warn("kms: instance is closed for ever: its CRK has been deleted", "instance", i.id)
 }
 

@@ -75,11 +75,13 @@ type KMS struct {
 	now     func() time.Time
 	store   *store.Store
 	records *store.Collection[instanceRecord]
+	tenancy
 	clock   *Clock
 	clocks  *store.Collection[clockRecord]
 	format  atomic.Int32 // of the records that are written; see SetFormat
 	streams streams      // of Encrypt and Decrypt
 
+	opening   sync.Mutex // held while an instance is opened or closed
 	mu        sync.RWMutex
 	roots     map[string]RootKeys  // by kind; empty while locked
 	instances map[string]*instance // the open ones
@@ -117,6 +119,9 @@ func Open(ctx context.Context, s *store.Store, o Options) (*KMS, error) {
 	if k.safety, err = openSafety(ctx, s); err != nil {
 		return nil, fmt.Errorf("kms: %w", err)
 	}
+	if k.tenancy, err = openTenancy(ctx, s); err != nil {
+		return nil, fmt.Errorf("kms: %w", err)
+	}
 	k.run, k.stop = context.WithCancel(context.Background())
 	k.done.Go(func() { k.followClock(k.run) })
 	return k, nil
@@ -129,44 +134,29 @@ func (k *KMS) Unlock(ctx context.Context, providers ...RootKeys) error {
 	if len(providers) == 0 {
 		return errors.New("kms: unlocking needs a root-key provider")
 	}
-	k.mu.Lock()
-	defer k.mu.Unlock()
-	if len(k.roots) > 0 {
-		return errors.New("kms: it is unlocked already")
-	}
 	roots := map[string]RootKeys{}
 	for _, p := range providers {
 		roots[p.Kind()] = p
 	}
-	if _, err := k.records.Get(ctx, DefaultInstance); errors.Is(err, store.ErrNotFound) {
-		fresh, err := newInstance(ctx, providers[0], DefaultInstance, k.now())
-		if err != nil {
-			return fmt.Errorf("kms: making instance %s: %w", DefaultInstance, err)
-		}
-		if _, err = k.store.Commit(ctx, k.records.Create(DefaultInstance, fresh)); err != nil && !errors.Is(err, store.ErrExists) {
-			return fmt.Errorf("kms: making instance %s: %w", DefaultInstance, err)
-		}
+	k.mu.Lock()
+	already := len(k.roots) > 0
+	if !already {
+		k.roots, k.firstRoot = roots, providers[0].Kind()
 	}
-	entries, err := k.records.List(ctx, "")
-	if err != nil {
-		return fmt.Errorf("kms: reading the instances: %w", err)
+	k.mu.Unlock()
+	if already {
+		return errors.New("kms: it is unlocked already")
 	}
-	opened := map[string]*instance{}
-	for _, e := range entries {
-		if k.crkEnded(e.Value.CRK) {
-			k.log.Warn("kms: instance stays closed: its CRK has been deleted", "instance", e.Key)
-			continue
+	if err := k.openInstances(ctx); err != nil {
+		k.mu.Lock()
+		defer k.mu.Unlock()
+		k.roots = map[string]RootKeys{}
+		for _, i := range k.instances {
+			i.close()
 		}
-		i, err := k.openInstance(ctx, roots, e)
-		if err != nil {
-			for _, i := range opened {
-				i.close()
-			}
-			return fmt.Errorf("kms: opening instance %s: %w", e.Key, err)
-		}
-		opened[e.Key] = i
+		clear(k.instances)
+		return err
 	}
-	k.roots, k.instances = roots, opened
 	close(k.unlocked)
 	k.done.Go(func() { k.redoActs(k.run) })
 	k.done.Go(func() { k.sweepForever(k.run) })
@@ -191,6 +181,7 @@ func (k *KMS) Close() {
 	k.records.Close()
 	k.custody.close()
 	k.safety.close()
+	k.tenancy.close()
 	k.clocks.Close()
 }
 

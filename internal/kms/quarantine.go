@@ -226,8 +226,8 @@ func (k *KMS) applyAct(ctx context.Context, e store.Entry[Act]) error {
 		a.Outcome = outcome
 		return k.acts.Update(e.Key, e.Revision, a)
 	}
-	inst, err := k.instance(a.Instance)
-	if errors.Is(err, ErrLocked) {
+	inst, err := k.instance(ctx, a.Instance)
+	if err != nil && !errors.Is(err, ErrUnknownInstance) {
 		return err
 	}
 	if inst == nil || !Repeatable(a.Operation) {

@@ -54,11 +54,15 @@ func leastRole(op kmip.Operation) Role {
 	return RoleAdministrator
 }
 
-// allow refuses an operation that the session's role does not reach.
+// allow refuses an operation that the session's role does not reach, or that is
+// over the instance's quota.
 func (s *Session) allow(op kmip.Operation) error {
 	least := leastRole(op)
 	if s.Role.Covers(least) {
-		return nil
+		if err := s.pace(); err != nil {
+			return err
+		}
+		return s.roomForObject(op)
 	}
 	return Refuse(kmip.ResultReasonPermissionDenied, "%s takes the role %s in instance %s; %s is %s", ttlv.EnumStr(op), least, s.Instance, s.Name, s.Role)
 }

@@ -114,7 +114,7 @@ func (k *KMS) RotateCRK(ctx context.Context, by Actor, instance, crk, kind strin
 }
 
 func (k *KMS) begin(ctx context.Context, by Actor, instance, act string, job keyJob) error {
-	if _, err := k.instance(instance); err != nil {
+	if _, err := k.instance(ctx, instance); err != nil {
 		return err
 	}
 	now := k.now().UTC()
@@ -260,7 +260,7 @@ func (k *KMS) jobActivate(ctx context.Context, _ store.Term, instance string, jo
 // jobReseal re-seals every record of the instance, whatever it is, until none is
 // left that another generation has sealed: none comes back (see commitSealed).
 func (k *KMS) jobReseal(ctx context.Context, term store.Term, instance string, job *keyJob) ([]store.Op, error) {
-	i, err := k.instance(instance)
+	i, err := k.instance(ctx, instance)
 	if err != nil {
 		return nil, err
 	}

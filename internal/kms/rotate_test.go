@@ -101,7 +101,7 @@ func (k *keeper) stop() {
 
 func (k *keeper) session() *Session {
 	k.t.Helper()
-	i, err := k.instance(DefaultInstance)
+	i, err := k.instance(k.t.Context(), DefaultInstance)
 	if err != nil {
 		k.t.Fatal(err)
 	}
@@ -442,7 +442,7 @@ func TestDeleteCRK(t *testing.T) {
 		time.Sleep(5 * time.Millisecond)
 	}
 	e, _ := k.records.Get(ctx, "other")
-	i, err := k.instance("other")
+	i, err := k.instance(ctx, "other")
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -454,7 +454,7 @@ func TestDeleteCRK(t *testing.T) {
 	}
 	ended := func() {
 		t.Helper()
-		if _, err := k.instance("other"); !errors.Is(err, ErrCRKDeleted) {
+		if _, err := k.instance(ctx, "other"); !errors.Is(err, ErrCRKDeleted) {
 			t.Errorf("the instance: %v", err)
 		}
 		keys.check(t, k.session())
@@ -671,7 +671,7 @@ func TestShred(t *testing.T) {
 		if err := other.Unlock(ctx, unchanging{ring}); err != nil {
 			return err
 		}
-		i, err := other.instance(DefaultInstance)
+		i, err := other.instance(t.Context(), DefaultInstance)
 		if err != nil {
 			return err
 		}

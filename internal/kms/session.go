@@ -17,6 +17,7 @@ import (
 type Session struct {
 	k        *KMS
 	inst     *instance
+	quota    Quota
 	synced   bool   // the cache holds all that this session must see
 	revision int64  // of the last write
 	done     []step // all writes, for Undo

@@ -72,7 +72,7 @@ type KeyStatus struct {
 
 // KeyStatus tells how an instance's keys stand.
 func (k *KMS) KeyStatus(ctx context.Context, instance string) (KeyStatus, error) {
-	i, err := k.instance(instance)
+	i, err := k.instance(ctx, instance)
 	if err != nil {
 		return KeyStatus{}, err
 	}
@@ -177,7 +177,7 @@ func untilChanged(r crkRecord) string {
 // Purge drops the bytes of destroyed keys before their grace time is over; no id
 // means of all of them. hash agrees to the list.
 func (k *KMS) Purge(ctx context.Context, by Actor, instance string, ids []string, hash string) (purged int, err error) {
-	i, err := k.instance(instance)
+	i, err := k.instance(ctx, instance)
 	if err != nil {
 		return 0, err
 	}
@@ -257,7 +257,7 @@ func (o *object) purgeNow(now time.Time) {
 // Shred begins to shred the purged keys of an instance, and with purgeAll first
 // purges all that are destroyed. hash agrees to the list of them.
 func (k *KMS) Shred(ctx context.Context, by Actor, instance string, purgeAll bool, hash string) error {
-	i, err := k.instance(instance)
+	i, err := k.instance(ctx, instance)
 	if err != nil {
 		return err
 	}
@@ -294,7 +294,7 @@ func (k *KMS) due(o *object) bool {
 
 // jobPurge drops the bytes that must not be sealed again with the survivors.
 func (k *KMS) jobPurge(ctx context.Context, term store.Term, instance string, job *keyJob) ([]store.Op, error) {
-	i, err := k.instance(instance)
+	i, err := k.instance(ctx, instance)
 	if err != nil {
 		return nil, err
 	}

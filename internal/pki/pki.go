@@ -172,6 +172,7 @@ func authorityBinding(cert *x509.Certificate) []byte {
 // CSR only the public key counts.
 type Grant struct {
 	Identity Identity      // zero: none, such as for a web server
+	Name     string        // common name where there is no identity; "": the first host
 	Hosts    []string      // DNS names and IP addresses
 	Server   bool          // extended key usage serverAuth
 	Client   bool          // extended key usage clientAuth
@@ -196,7 +197,7 @@ func (a *Authority) Issue(csr *x509.CertificateRequest, g Grant, now time.Time) 
 			return nil, err
 		}
 		name = g.Identity.Name
-	} else if len(g.Hosts) > 0 {
+	} else if name = g.Name; name == "" && len(g.Hosts) > 0 {
 		name = g.Hosts[0]
 	}
 	tmpl, err := template(name, g.Life, now)

@@ -173,7 +173,9 @@ func TestClients(t *testing.T) {
 	if _, err := b.Session(ctx, kms.DefaultInstance, cert, ""); !errors.Is(err, kms.ErrExpired) {
 		t.Errorf("after its expiry: %v", err)
 	}
-	b.clock.pass(-2 * time.Hour)
+	if cert = certificate(t, time.Hour, b.clock.now()); second(b.socket.AddClient(ctx, kms.DefaultInstance, AddClient{Certificate: pemOf(cert)})) != nil {
+		t.Error("a certificate with the name of an expired one was refused")
+	}
 	session, err := b.Session(ctx, kms.DefaultInstance, cert, "")
 	if err != nil || session.Begin(kmip.OperationGet) != nil {
 		t.Errorf("before it is removed: %v", err)

@@ -38,7 +38,7 @@ func classify(err error) (status int, code string) {
 		return http.StatusForbidden, "forbidden"
 	case errors.Is(err, kms.ErrUnknownInstance), errors.Is(err, kms.ErrUnknownClient), errors.Is(err, kms.ErrUnknownAPIKey), errors.Is(err, kms.ErrUnknownCRK):
 		return http.StatusNotFound, "not_found"
-	case errors.Is(err, kms.ErrInstanceExists), errors.Is(err, kms.ErrClientExists):
+	case errors.Is(err, kms.ErrInstanceExists), errors.Is(err, kms.ErrInstanceExists), errors.Is(err, kms.ErrClientExists):
 		return http.StatusConflict, "exists"
 	case errors.Is(err, kms.ErrQuota):
 		return http.StatusConflict, "quota"
@@ -46,7 +46,7 @@ func classify(err error) (status int, code string) {
 		return http.StatusBadRequest, "bad_request"
 	case errors.Is(err, kms.ErrQuarantined):
 		return http.StatusServiceUnavailable, "quarantined"
-	case errors.Is(err, kms.ErrLocked):
+	case errors.Is(err, kms.ErrLocked), errors.Is(err, kms.ErrInstanceLocked):
 		return http.StatusServiceUnavailable, "locked"
 	case errors.Is(err, store.ErrNotFound):
 		return http.StatusNotFound, "not_found"

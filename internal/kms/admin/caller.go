@@ -59,11 +59,11 @@ func (s *Server) authenticate(c *call, r row, socket bool) (kms.Actor, error) {
 	if err != nil {
 		return a, err
 	}
-	if a.Instance != "" && a.Instance != instance {
-		if instance == "" {
-			return a, fmt.Errorf("%w: this concerns the whole server, and %s belongs to instance %s; use an API key made with --server-wide, or the admin socket", kms.ErrForbidden, a.Name, a.Instance)
-		}
+	switch {
+	case a.Instance != "" && instance != "" && a.Instance != instance:
 		return a, fmt.Errorf("%w: %q", kms.ErrUnknownInstance, instance)
+	case a.Instance != "" && (instance == "" || r.wholeServer):
+		return a, fmt.Errorf("%w: this concerns the whole server, and %s belongs to instance %s; use an API key made with --server-wide, or the admin socket", kms.ErrForbidden, a.Name, a.Instance)
 	}
 	if !a.Role.Covers(r.least) {
 		return a, fmt.Errorf("%w: %s is %s, and this takes a %s", kms.ErrForbidden, a.Name, a.Role, r.least)

@@ -53,6 +53,7 @@ func describe(table []row) object {
 			op["x-socket-only"] = true
 			op["description"] = "On the admin socket only, which is root's."
 		}
+		op["x-scope"] = scope(r)
 		if list := parameters(r); len(list) > 0 {
 			op["parameters"] = list
 		}
@@ -71,7 +72,7 @@ func describe(table []row) object {
 		"openapi": "3.1.0",
 		"info": object{
 			"title": "Mortise KMS administration", "version": "1",
-			"description": "Administration of a Mortise key server. A caller shows a client certificate, which has a role in its instance, or an API key. x-min-role is the least role that a call takes.",
+			"description": "Administration of a Mortise key server. A caller shows a client certificate, which has a role in its instance, or an API key. x-min-role is the least role that a call takes, in the instance or in the whole server as x-scope says.",
 		},
 		"paths":    paths,
 		"security": []any{object{"apiKey": []any{}}, object{"certificate": []any{}}},
@@ -83,6 +84,14 @@ func describe(table []row) object {
 			},
 		},
 	}
+}
+
+// scope says where a caller needs the role.
+func scope(r row) string {
+	if strings.Contains(r.path, "{instance}") && !r.wholeServer {
+		return "instance"
+	}
+	return "server"
 }
 
 var pathParameter = regexp.MustCompile(`\{([a-z]+)\}`)

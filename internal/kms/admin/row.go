@@ -19,7 +19,7 @@ import (
 func rows() []row {
 	var all []row
 	for _, area := range [][]row{
-		descriptionRows(), clientRows(), apiKeyRows(), backupRows(), memberRows(), crkRows(),
+		descriptionRows(), instanceRows(), clientRows(), apiKeyRows(), backupRows(), memberRows(), crkRows(),
 	} {
 		all = append(all, area...)
 	}
@@ -31,6 +31,7 @@ type row struct {
 	method, path string // path as in net/http's patterns: {name} is a segment
 	summary      string // one line, for the description
 	least        kms.Role
+	wholeServer  bool // although its path has {instance}: not for the instance's own administrators
 	socketOnly   bool // what happens below the API (design §1): unlock, join, membership, backup
 	public       bool // needs no authentication: it tells nothing of this server
 	confirmed    bool // may answer 409 with a kms.Confirmation first
@@ -91,6 +92,7 @@ func stream(method, path string, least kms.Role, summary, media string, run func
 }
 
 func (r row) onSocket() row               { r.socketOnly = true; return r }
+func (r row) onWholeServer() row          { r.wholeServer = true; return r }
 func (r row) needsConfirmation() row      { r.confirmed = true; return r }
 func (r row) lasting(d time.Duration) row { r.timeout = d; return r }
 

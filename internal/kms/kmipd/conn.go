@@ -24,6 +24,8 @@ type conn struct {
 	s    *server
 	raw  net.Conn
 	from string
+	// instance is whose client this is; "" until the handshake has told.
+	instance string
 
 	mu     sync.Mutex
 	busy   bool // a request is being read or answered
@@ -38,7 +40,7 @@ func (c *conn) serve() {
 			c.s.log.Error("kmip: connection caused a panic", "from", c.from, "panic", fmt.Sprint(p), "stack", string(debug.Stack()))
 		}
 	}()
-	stream := tls.Server(c.raw, c.s.tls)
+	stream := tls.Server(&handshaking{c.raw, c}, c.s.tls)
 	ctx, cancel := context.WithTimeout(context.Background(), c.s.HandshakeTimeout)
 	err := stream.HandshakeContext(ctx)
 	cancel()
@@ -53,7 +55,7 @@ func (c *conn) serve() {
 	defer stream.Close()
 	cert := stream.ConnectionState().PeerCertificates[0]
 	open := func(ctx context.Context) (*kms.Session, error) {
-		return c.s.kms.Session(ctx, c.s.Instance, cert, c.from)
+		return c.s.kms.Session(ctx, c.instance, cert, c.from)
 	}
 	for c.next(stream, open) {
 	}

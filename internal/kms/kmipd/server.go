@@ -32,7 +32,9 @@ const Port = 5696
 
 // Options of a listener. Zero values are the defaults in brackets.
 type Options struct {
-	Instance    string           // whose keys are served [kms.DefaultInstance]
+	// Instance whose keys are served; [the one that the client's TLS server name
+	// means, and on ports of their own those that have one].
+	Instance    string
 	Credentials *pki.Credentials // the server's certificate; needed
 	Logger      *slog.Logger     // [none]
 	Now         func() time.Time // [time.Now]
@@ -50,9 +52,6 @@ type Options struct {
 func (o *Options) defaults() error {
 	if o.Credentials == nil {
 		return errors.New("kmip: the listener has no server certificate")
-	}
-	if o.Instance == "" {
-		o.Instance = kms.DefaultInstance
 	}
 	if o.Logger == nil {
 		o.Logger = slog.New(slog.DiscardHandler)
@@ -87,6 +86,7 @@ type server struct {
 	log        *slog.Logger
 	now        func() time.Time
 	tls        *tls.Config
+	configs    sync.Map // of *tls.Config, by instance
 	operations map[kmip.Operation]operation
 	encoders   sync.Pool // of *encoder
 
@@ -113,15 +113,12 @@ func newServer(k *kms.KMS, o Options) (*server, error) {
 	for _, op := range operations() {
 		s.operations[op.code] = op
 	}
-	s.tls = pki.KMIPServer(o.Credentials, o.Now, s.admit)
+	// The base has no admission of its own: no client gets past choosing an
+	// instance. Its ticket keys are every instance's; whom a ticket is of is looked
+	// up again for each connection and each message.
+	s.tls = pki.KMIPServer(o.Credentials, o.Now, func(*x509.Certificate) error { return errors.New("kmip: no instance was chosen") })
+	s.tls.GetConfigForClient = s.choose
 	return s, nil
-}
-
-// admit pins: it is asked inside the handshake.
-func (s *server) admit(cert *x509.Certificate) error {
-	ctx, cancel := context.WithTimeout(context.Background(), s.HandshakeTimeout)
-	defer cancel()
-	return s.kms.Admit(ctx, s.Instance, cert)
 }
 
 // Serve answers KMIP on l until ctx ends, then closes l and idle connections,
@@ -131,16 +128,29 @@ func Serve(ctx context.Context, l net.Listener, k *kms.KMS, o Options) error {
 	if err != nil {
 		return err
 	}
+	defer s.drain()
+	if s.Instance == "" {
+		var own sync.WaitGroup
+		defer own.Wait()
+		var cancel context.CancelFunc
+		ctx, cancel = context.WithCancel(ctx)
+		defer cancel()
+		own.Go(func() { s.servePorts(ctx, l.Addr()) })
+	}
+	return s.accept(ctx, l, s.Instance)
+}
+
+// accept serves what connects to l until ctx ends or l fails. instance is the
+// one that l is for, "" for whichever the client names.
+func (s *server) accept(ctx context.Context, l net.Listener, instance string) error {
 	defer context.AfterFunc(ctx, func() { l.Close() })()
 	for pause := time.Duration(0); ; {
 		c, err := l.Accept()
 		if err != nil {
 			if ctx.Err() != nil {
-				s.drain()
 				return nil
 			}
 			if errors.Is(err, net.ErrClosed) {
-				s.drain()
 				return fmt.Errorf("kmip: the listener was closed: %w", err)
 			}
 			// Out of file descriptors, say: waiting is all that helps.
@@ -153,14 +163,14 @@ func Serve(ctx context.Context, l net.Listener, k *kms.KMS, o Options) error {
 			continue
 		}
 		pause = 0
-		s.begin(c)
+		s.begin(c, instance)
 	}
 }
 
 // begin serves c on a goroutine of its own, or closes it when there are too
 // many.
-func (s *server) begin(raw net.Conn) {
-	c := &conn{s: s, raw: raw, from: raw.RemoteAddr().String()}
+func (s *server) begin(raw net.Conn, instance string) {
+	c := &conn{s: s, raw: raw, from: raw.RemoteAddr().String(), instance: instance}
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	if s.draining || len(s.conns) >= s.MaxConnections {
