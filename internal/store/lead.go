@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"sync"
+	"sync/atomic"
 	"time"
 )
 
@@ -28,6 +29,7 @@ type reign struct {
 	ctx      context.Context // ends, lateAnswers late, with the leader's time
 	end      context.CancelCauseFunc
 	headless bool
+	alone    atomic.Bool // one member: no other leader can come
 }
 
 var (
@@ -40,10 +42,10 @@ func (s *Store) initReign() {
 }
 
 // led returns a context for one request, which ends early when its leader is
-// lost. The cancel function must be called. A cluster of one has one leader for
-// ever, and pays nothing.
+// lost. The cancel function must be called. A cluster of one has one leader, and
+// pays nothing.
 func (s *Store) led(ctx context.Context) (context.Context, context.CancelFunc, error) {
-	if s.peers == nil {
+	if s.peers == nil || s.reign.alone.Load() {
 		return ctx, func() {}, nil
 	}
 	s.reign.mu.Lock()
@@ -74,6 +76,7 @@ func (s *Store) watchLeader(ctx context.Context) {
 			return
 		}
 		now := s.Leader()
+		s.reign.alone.Store(len(s.etcd.Server.Cluster().Members()) == 1)
 		if now != 0 {
 			since = time.Time{}
 			s.setHeadless(false)

@@ -24,8 +24,6 @@ type conn struct {
 	s    *server
 	raw  net.Conn
 	from string
-	// instance is whose client this is; "" until the handshake has told.
-	instance string
 
 	mu     sync.Mutex
 	busy   bool // a request is being read or answered
@@ -40,7 +38,13 @@ func (c *conn) serve() {
 			c.s.log.Error("kmip: connection caused a panic", "from", c.from, "panic", fmt.Sprint(p), "stack", string(debug.Stack()))
 		}
 	}()
-	stream := tls.Server(&handshaking{c.raw, c}, c.s.tls)
+	// A member that should not serve does not begin to: the client goes to another
+	// at once.
+	if err := c.s.kms.Ready(); err != nil {
+		c.s.log.Debug("kmip: connection refused", "from", c.from, "error", err)
+		return
+	}
+	stream := tls.Server(c.raw, c.s.tls)
 	ctx, cancel := context.WithTimeout(context.Background(), c.s.HandshakeTimeout)
 	err := stream.HandshakeContext(ctx)
 	cancel()
@@ -55,7 +59,7 @@ func (c *conn) serve() {
 	defer stream.Close()
 	cert := stream.ConnectionState().PeerCertificates[0]
 	open := func(ctx context.Context) (*kms.Session, error) {
-		return c.s.kms.Session(ctx, c.instance, cert, c.from)
+		return c.s.kms.Session(ctx, c.s.Instance, cert, c.from)
 	}
 	for c.next(stream, open) {
 	}
@@ -85,6 +89,14 @@ func (c *conn) next(stream net.Conn, open sessionOpener) bool {
 	ctx, cancel := context.WithTimeout(context.Background(), c.s.RequestTimeout)
 	defer cancel()
 	response, keep := c.s.answer(ctx, c.from, open, msg)
+	// Cut off in the middle, or with a clock that is not fit, a failure says
+	// nothing of whether the operation has happened: then silence is the answer
+	// that clients take for what it is.
+	if err := c.s.kms.Ready(); err != nil {
+		c.s.log.Info("kmip: connection ended", "from", c.from, "error", err)
+		c.s.release(response)
+		return false
+	}
 	return c.write(stream, response) && keep && c.idle()
 }
 
