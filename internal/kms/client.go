@@ -62,10 +62,10 @@ func (k *KMS) Session(ctx context.Context, instanceID string, cert *x509.Certifi
 	sum := sha256.Sum256(cert.Raw)
 	e, ok := inst.clients.Peek(hex.EncodeToString(sum[:])) // serving has synced
 	if !ok {
-		return nil, fmt.Errorf("kms: %w: %q, SHA-256 %x; add it with: mortise kms client add FILE", ErrUnknownClient, cert.Subject, sum)
+		return nil, k.stranger(inst, cert, from, fmt.Errorf("kms: %w: %q, SHA-256 %x; add it with: mortise kms client add FILE", ErrUnknownClient, cert.Subject, sum))
 	}
 	if err := e.Value.valid(k.now()); err != nil {
-		return nil, fmt.Errorf("kms: client certificate %q, SHA-256 %x: %w", cert.Subject, sum, err)
+		return nil, k.stranger(inst, cert, from, fmt.Errorf("kms: client certificate %q, SHA-256 %x: %w", cert.Subject, sum, err))
 	}
 	if err := k.admitted(); err != nil {
 		return nil, err

@@ -49,6 +49,8 @@ func AsError(err error) *Error {
 		return &Error{kmip.ResultReasonGeneralFailure, "the stored object is damaged; the server's log says more", err}
 	case errors.Is(err, ErrClock):
 		return &Error{kmip.ResultReasonGeneralFailure, "this server's clock is not fit; ask another", err}
+	case errors.Is(err, ErrAudit):
+		return &Error{kmip.ResultReasonGeneralFailure, "the server cannot write its audit log now, and does nothing until it can", err}
 	case errors.Is(err, store.ErrFull):
 		return &Error{kmip.ResultReasonGeneralFailure, "the server's storage is full", err}
 	case errors.Is(err, store.ErrUnavailable):

@@ -62,6 +62,8 @@ type Options struct {
 	// Elapsed tells how long the process runs, by a clock that does not jump. Nil:
 	// the machine's; with a Now of one's own, jumps are then not looked for.
 	Elapsed func() time.Duration
+	// Audit says where the audit log is.
+	Audit AuditOptions
 	// FetchKeys gets CRKs from another member and gives them to a provider, all
 	// that there are if no ids are given; nil: this is the only member.
 	FetchKeys func(ctx context.Context, to Sharer, ids ...string) error
@@ -92,6 +94,7 @@ type KMS struct {
 	done sync.WaitGroup
 
 	safety
+	auditing
 	custody
 }
 
@@ -122,7 +125,11 @@ func Open(ctx context.Context, s *store.Store, o Options) (*KMS, error) {
 	if k.tenancy, err = openTenancy(ctx, s); err != nil {
 		return nil, fmt.Errorf("kms: %w", err)
 	}
+	if err := k.openAuditing(ctx, s, o.Audit); err != nil {
+		return nil, fmt.Errorf("kms: %w", err)
+	}
 	k.run, k.stop = context.WithCancel(context.Background())
+	k.done.Go(func() { k.drainForever(k.run) })
 	k.done.Go(func() { k.followClock(k.run) })
 	return k, nil
 }
@@ -173,6 +180,7 @@ func (k *KMS) Unlocked() <-chan struct{} { return k.unlocked }
 func (k *KMS) Close() {
 	k.stop()
 	k.done.Wait()
+	k.closeAuditing()
 	k.mu.Lock()
 	defer k.mu.Unlock()
 	for _, i := range k.instances {

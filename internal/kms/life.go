@@ -24,6 +24,9 @@ func (s *Session) Revoke(ctx context.Context, id string, reason kmip.RevocationR
 	}
 	if r.Code == kmip.RevocationReasonCodeKeyCompromise || r.Code == kmip.RevocationReasonCodeCACompromise {
 	}
+	if r.Code == kmip.RevocationReasonCodeKeyCompromise || r.Code == kmip.RevocationReasonCodeCACompromise {
+		s.detail = "compromise" // what a restore needs to know, to do it again
+	}
 	return s.change(ctx, id, func(t *tx, o *object) error { return o.revoke(r, occurred.UTC(), t.now) })
 }
 

@@ -21,6 +21,7 @@ type Session struct {
 	synced   bool   // the cache holds all that this session must see
 	revision int64  // of the last write
 	done     []step // all writes, for Undo
+	trail           // of the operation under way
 	Actor           // who the client is
 }
 

@@ -52,7 +52,7 @@ func classify(err error) (status int, code string) {
 		return http.StatusNotFound, "not_found"
 	case errors.Is(err, store.ErrConflict), errors.Is(err, kms.ErrJobRunning), errors.Is(err, kms.ErrCRKInUse), errors.Is(err, kms.ErrCRKDeleted):
 		return http.StatusConflict, "conflict"
-	case errors.Is(err, store.ErrUnavailable), errors.Is(err, store.ErrFull):
+	case errors.Is(err, store.ErrUnavailable), errors.Is(err, store.ErrFull), errors.Is(err, kms.ErrAudit):
 		return http.StatusServiceUnavailable, "unavailable"
 	}
 	return http.StatusInternalServerError, "internal"

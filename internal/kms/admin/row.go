@@ -13,13 +13,14 @@ import (
 	"time"
 
 	"mortise/internal/kms"
+	"mortise/internal/kms/audit"
 )
 
 // rows is the API. Each area has a file with its own.
 func rows() []row {
 	var all []row
 	for _, area := range [][]row{
-		descriptionRows(), instanceRows(), clientRows(), apiKeyRows(), backupRows(), memberRows(), crkRows(),
+		descriptionRows(), instanceRows(), clientRows(), apiKeyRows(), backupRows(), memberRows(), auditRows(), crkRows(),
 	} {
 		all = append(all, area...)
 	}
@@ -226,14 +227,28 @@ func (s *Server) serveRow(r row, socket bool) http.Handler {
 		}
 		if !r.public {
 			actor, err := s.authenticate(c, r, socket)
+			c.actor = actor
 			if err != nil {
+				if actor.Kind != "" { // known, and not allowed
+					err = s.audited(c, r, err)
+				}
 				s.Logger.Warn("admin: caller refused", "call", r.method+" "+r.path, "from", req.RemoteAddr, "error", err)
 				a.failWith(err)
 				return
 			}
-			c.actor = actor
+			c.Context = kms.WithActs(c.Context)
 		}
-		v, err := r.run(c)
+		var v any
+		var err error
+		if r.media != "" { // its first byte may leave at once
+			err = s.audited(c, r, nil)
+		}
+		if err == nil {
+			v, err = r.run(c)
+		}
+		if r.media == "" || err != nil {
+			err = s.audited(c, r, err)
+		}
 		switch {
 		case err != nil:
 			s.logFailure(r, c, err)
@@ -245,6 +260,32 @@ func (s *Server) serveRow(r row, socket bool) http.Handler {
 		}
 	})
 }
+
+// audited returns err, or why the audit log does not have that the call ended
+// with it: no answer leaves before.
+func (s *Server) audited(c *call, r row, err error) error {
+	if r.public {
+		return err
+	}
+	result := audit.Success
+	if err != nil {
+		_, result = classify(err)
+	}
+	instance := c.path("instance")
+	if instance == "" {
+		instance = c.actor.Instance
+	}
+	// The call's own time may be up.
+	ctx, cancel := context.WithTimeout(context.WithoutCancel(c.Context), auditTimeout)
+	defer cancel()
+	if failed := s.KMS.EndCall(ctx, c.actor, instance, r.method+" "+r.path, c.r.URL.Path, result); failed != nil {
+		return failed
+	}
+	return err
+}
+
+// auditTimeout bounds the wait for the audit log's disk.
+const auditTimeout = 10 * time.Second
 
 func (s *Server) logFailure(r row, c *call, err error) {
 	log := s.Logger.Info
