@@ -26,6 +26,10 @@ func newBlock(alg kmip.CryptographicAlgorithm, key []byte) (block cipher.Block, 
 	case kmip.CryptographicAlgorithmAES:
 		block, err = aes.NewCipher(key)
 	case kmip.CryptographicAlgorithm3DES:
+		if len(key) == 16 { // two keys: the first comes again
+			key = append(key[:16:16], key[:8]...)
+			defer clear(key)
+		}
 		block, err = des.NewTripleDESCipher(key)
 	default:
 		return nil, Refuse(kmip.ResultReasonInvalidField, "of the block ciphers, AES and 3DES are here")

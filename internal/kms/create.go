@@ -6,6 +6,7 @@ import (
 	"encoding/binary"
 	"errors"
 	"math/bits"
+	"slices"
 	"time"
 
 	"github.com/ovh/kmip-go"
@@ -63,26 +64,43 @@ func oddParity(b []byte) {
 	}
 }
 
-// keySize is how many bytes a key to be made has.
+// keySize is how many bytes a key to be made has. Keys are made for every cipher
+// of KMIP whose keys are plain random bits, of the lengths that the cipher takes;
+// AES, 3DES and HMAC are those that this server uses keys for itself.
 func keySize(a kmip.CryptographicAlgorithm, length int32) (int, error) {
-	switch {
-	case a == 0:
+	var lengths []int32
+	least, most := int32(0), int32(0)
+	switch a {
+	case 0:
 		return 0, Refuse(kmip.ResultReasonInvalidField, "a Cryptographic Algorithm is needed")
-	case a == kmip.CryptographicAlgorithmAES:
-		if length != 128 && length != 192 && length != 256 {
-			return 0, Refuse(kmip.ResultReasonInvalidField, "an AES key has 128, 192 or 256 bits, not %d", length)
+	case kmip.CryptographicAlgorithm3DES: // 112 and 168 bits, and those of parity
+		switch length {
+		case 112, 128:
+			return 16, nil
+		case 168, 192:
+			return 24, nil
 		}
-	case a == kmip.CryptographicAlgorithm3DES: // 168 bits and 24 of parity
-		if length != 168 && length != 192 {
-			return 0, Refuse(kmip.ResultReasonInvalidField, "a 3DES key has 168 bits, not %d", length)
-		}
-		return 24, nil
-	case hmacHash(a) != nil:
-		if length < 80 || length > MaxMaterial*8 || length%8 != 0 {
-			return 0, Refuse(kmip.ResultReasonInvalidField, "an HMAC key has 80 to %d bits in whole bytes, not %d", MaxMaterial*8, length)
-		}
+		return 0, Refuse(kmip.ResultReasonInvalidField, "a 3DES key has 112 or 168 bits, not %d", length)
+	case kmip.CryptographicAlgorithmAES, kmip.CryptographicAlgorithmCamellia, kmip.CryptographicAlgorithmTwofish:
+		lengths = []int32{128, 192, 256}
+	case kmip.CryptographicAlgorithmSKIPJACK:
+		lengths = []int32{80}
+	case kmip.CryptographicAlgorithmIDEA:
+		lengths = []int32{128}
+	case kmip.CryptographicAlgorithmChaCha20, kmip.CryptographicAlgorithmChaCha20Poly1305:
+		lengths = []int32{256}
+	case kmip.CryptographicAlgorithmCAST5:
+		least, most = 40, 128
+	case kmip.CryptographicAlgorithmBlowfish:
+		least, most = 32, 448
 	default:
-		return 0, Refuse(kmip.ResultReasonInvalidField, "keys are made for AES, 3DES and HMAC; any other can be registered")
+		if hmacHash(a) == nil {
+			return 0, Refuse(kmip.ResultReasonInvalidField, "no keys are made for this algorithm; one from elsewhere can be registered")
+		}
+		least, most = 80, MaxMaterial*8
+	}
+	if !slices.Contains(lengths, length) && (length < least || length > most) || length <= 0 || length%8 != 0 {
+		return 0, Refuse(kmip.ResultReasonInvalidField, "no key of this algorithm has %d bits", length)
 	}
 	return int(length / 8), nil
 }

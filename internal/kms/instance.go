@@ -51,6 +51,8 @@ type instance struct {
 	objects *store.Collection[*object]
 	names   *store.Collection[string]
 	clients *store.Collection[Client]
+
+	turns turns // of groups' members
 	apiKeys *store.Collection[APIKey]
 	// authorities has the instance's CA, once it has one.
 	authorities *store.Collection[*authority]

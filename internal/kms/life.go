@@ -23,8 +23,6 @@ func (s *Session) Revoke(ctx context.Context, id string, reason kmip.RevocationR
 		return Refuse(kmip.ResultReasonInvalidField, "the Compromise Occurrence Date or the message does not fit")
 	}
 	if r.Code == kmip.RevocationReasonCodeKeyCompromise || r.Code == kmip.RevocationReasonCodeCACompromise {
-	}
-	if r.Code == kmip.RevocationReasonCodeKeyCompromise || r.Code == kmip.RevocationReasonCodeCACompromise {
 		s.detail = "compromise" // what a restore needs to know, to do it again
 	}
 	return s.change(ctx, id, func(t *tx, o *object) error { return o.revoke(r, occurred.UTC(), t.now) })

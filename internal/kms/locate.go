@@ -19,6 +19,7 @@ import (
 type Query struct {
 	Attributes []kmip.Attribute
 	Status     kmip.StorageStatusMask // 0: any
+	Member     kmip.ObjectGroupMember // of the Object Group among Attributes; 0: all
 	Offset     int32
 	Max        int32 // 0: no limit
 }
@@ -39,7 +40,22 @@ func (s *Session) Locate(ctx context.Context, q Query) (ids []string, total int,
 	if err != nil {
 		return nil, 0, err
 	}
-	f.status = q.Status
+	f.status, f.fresh = q.Status, q.Member == kmip.ObjectGroupMemberFresh
+	if q.Member != 0 {
+		if f.group == "" || q.Member > kmip.ObjectGroupMemberDefault {
+			return nil, 0, Refuse(kmip.ResultReasonInvalidField, "Object Group Member is Fresh or Default and goes with an Object Group")
+		}
+		all := q
+		all.Member, all.Offset, all.Max = 0, 0, 0
+		if ids, total, err = s.locate(ctx, all, f); err != nil {
+			return nil, 0, err
+		}
+		return s.members(ids, q, f), total, nil
+	}
+	return s.locate(ctx, q, f)
+}
+
+func (s *Session) locate(ctx context.Context, q Query, f filter) (ids []string, total int, err error) {
 	found, err := s.inst.objects.Find(ctx, f.terms...)
 	if err != nil {
 		return nil, 0, AsError(err)
@@ -141,7 +157,9 @@ type filter struct {
 	terms     []store.IndexTerm
 	id        string // the Unique Identifier among equal, "" if none
 	status    kmip.StorageStatusMask
-	destroyed bool // State asks for destroyed objects
+	destroyed bool   // State asks for destroyed objects
+	fresh     bool   // only what no client has got
+	group     string // the encoded Object Group among equal, "" if none
 }
 
 type dateRange struct {
@@ -181,6 +199,9 @@ func newFilter(attributes []kmip.Attribute) (f filter, err error) {
 			f.destroyed = f.destroyed || v == kmip.StateDestroyed || v == kmip.StateDestroyedCompromised
 		}
 		value := encodeAttribute(a)
+		if a.AttributeName == kmip.AttributeNameObjectGroup {
+			f.group = string(value)
+		}
 		f.equal = append(f.equal, attribute{Name: a.AttributeName, Value: value})
 		f.terms = append(f.terms, termsFor(a, value)...)
 	}
@@ -228,6 +249,9 @@ func (f filter) match(id string, o *object) (bool, error) {
 	if o.gone() && !f.destroyed {
 		return false, nil
 	}
+	if f.fresh && o.is(flagServed) {
+		return false, nil
+	}
 	if online := o.Archived.IsZero(); f.status != 0 &&
 		!(online && f.status&kmip.StorageStatusOnlineStorage != 0) && !(!online && f.status&kmip.StorageStatusArchivalStorage != 0) {
 		return false, nil
@@ -250,7 +274,7 @@ func (f filter) match(id string, o *object) (bool, error) {
 		}
 		if !slices.ContainsFunc(own, func(a kmip.Attribute) bool {
 			return a.AttributeName == want.Name && bytes.Equal(encodeAttribute(a), want.Value)
-		}) {
+		}) && !(want.Name == kmip.AttributeNameKeyValuePresent && !o.is(flagKeyless) && bytes.Equal(want.Value, valuePresent())) {
 			return false, nil
 		}
 	}
@@ -269,4 +293,9 @@ func (f filter) match(id string, o *object) (bool, error) {
 		}
 	}
 	return true, nil
+}
+
+// valuePresent is what most objects have and none lists.
+func valuePresent() []byte {
+	return encodeAttribute(kmip.Attribute{AttributeName: kmip.AttributeNameKeyValuePresent, AttributeValue: true})
 }

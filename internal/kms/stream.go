@@ -139,8 +139,10 @@ func (s *Session) stream(ctx context.Context, id string, o *object, r CipherRequ
 	if err != nil {
 		return done(err)
 	}
-	result.Data, result.Tag = out[x.told:], tag
-	x.told = len(out)
+	if len(out) > x.told {
+		result.Data = out[x.told:]
+	}
+	result.Tag, x.told = tag, len(out)
 	if r.Final {
 		clear(x.in)
 		return result, nil

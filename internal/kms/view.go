@@ -81,6 +81,9 @@ func (o *object) own(id string, name kmip.AttributeName) any {
 	case kmip.AttributeNameArchiveDate:
 		return date(o.Archived)
 	case kmip.AttributeNameOriginalCreationDate:
+		if o.Original.IsZero() && o.is(flagGenerated) {
+			return o.Initial
+		}
 		return date(o.Original)
 	case kmip.AttributeNameRevocationReason:
 		if o.Reason == nil {
@@ -93,8 +96,10 @@ func (o *object) own(id string, name kmip.AttributeName) any {
 		return !o.is(flagServed)
 	case kmip.AttributeNameKeyValuePresent: // told when there is something to tell, as OASIS case TC-MDO-2-12 has it
 		return when(o.is(flagKeyless), false)
-	case kmip.AttributeNameRandomNumberGenerator: // the operating system's; of others the client's word is kept
-		return when(o.is(flagGenerated), kmip.RNGParameters{RNGAlgorithm: kmip.RNGAlgorithmUnspecified})
+	case kmip.AttributeNameRandomNumberGenerator: // Linux's, random(4); of others the client's word is kept
+		return when(o.is(flagGenerated), kmip.RNGParameters{
+			RNGAlgorithm: kmip.RNGAlgorithmUnspecified, CryptographicAlgorithm: kmip.CryptographicAlgorithmChaCha20, CryptographicLength: 256,
+		})
 	case operationPolicyName:
 		return when(o.find(operationPolicyName, nil) < 0, "default")
 	case kmip.AttributeNameSensitive:

@@ -43,6 +43,11 @@ func (c *call) attributes(id string, names ...kmip.AttributeName) ([]kmip.Attrib
 
 // seen leaves out what the client's version does not know.
 func (c *call) seen(list []kmip.Attribute) []kmip.Attribute {
+	for i, a := range list {
+		if p, ok := a.AttributeValue.(kmip.RNGParameters); ok && c.reply.version.Minor() < 4 && p.CryptographicAlgorithm >= kmip.CryptographicAlgorithmChaCha20 {
+			list[i].AttributeValue = kmip.RNGParameters{RNGAlgorithm: p.RNGAlgorithm} // KMIP 1.4 brought the algorithm
+		}
+	}
 	return slices.DeleteFunc(list, func(a kmip.Attribute) bool {
 		return !kms.Visible(a.AttributeName, c.reply.version.Minor())
 	})

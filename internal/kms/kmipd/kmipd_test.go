@@ -686,7 +686,7 @@ func TestBadRequests(t *testing.T) {
 		"Register of a certificate": {request(1, &payloads.RegisterRequestPayload{ObjectType: kmip.ObjectTypeCertificate, Object: &kmip.Certificate{CertificateType: kmip.CertificateTypeX_509, CertificateValue: []byte{1}}}), kmip.ResultReasonInvalidField},
 		"Register of an unknown":    {payload(kmip.OperationRegister, ttlv.Value{Tag: kmip.TagObjectType, Value: ttlv.Enum(99)}, ttlv.Value{Tag: kmip.TagTemplateAttribute, Value: ttlv.Struct{}}), kmip.ResultReasonInvalidMessage},
 		"Register without a value":  {request(1, registration(kmip.KeyBlock{KeyFormatType: kmip.KeyFormatTypeRaw})), kmip.ResultReasonInvalidField},
-		"Locate by member":          {request(1, &payloads.LocateRequestPayload{ObjectGroupMember: kmip.ObjectGroupMemberDefault}), kmip.ResultReasonFeatureNotSupported},
+		"Locate by member":          {request(1, &payloads.LocateRequestPayload{ObjectGroupMember: kmip.ObjectGroupMemberDefault}), kmip.ResultReasonInvalidField},
 		"Query of nothing":          {payload(kmip.OperationQuery), kmip.ResultReasonInvalidMessage},
 		"AddAttribute of State":     {request(1, &payloads.AddAttributeRequestPayload{UniqueIdentifier: id, Attribute: kmip.Attribute{AttributeName: kmip.AttributeNameState, AttributeValue: kmip.StateActive}}), kmip.ResultReasonPermissionDenied},
 	} {

@@ -2,6 +2,7 @@ package kmipd
 
 import (
 	"context"
+	"crypto/rand"
 	"encoding/binary"
 	"errors"
 	"fmt"
@@ -91,6 +92,10 @@ func (r *reply) handle(ctx context.Context, open sessionOpener, msg []byte) (kee
 		return r.fail(err)
 	}
 	r.message.Header.ClientCorrelationValue = header.ClientCorrelationValue
+	if version.Minor() >= 4 && header.ClientCorrelationValue != "" { // so that both sides' logs can be laid side by side
+		r.message.Header.ServerCorrelationValue = rand.Text()
+		r.s.log.Info("kmip: request", "from", r.from, "client correlation", fmt.Sprintf("%.100q", header.ClientCorrelationValue), "server correlation", r.message.Header.ServerCorrelationValue)
+	}
 	r.max = int(header.MaximumResponseSize)
 	batch := parts[1:]
 	for _, it := range batch {
@@ -291,7 +296,7 @@ func (r *reply) wipe() {
 
 // encoderSize holds any response with a key in it, so that the codec's buffer
 // does not grow by leaving copies behind.
-const encoderSize = 16 << 10
+const encoderSize = kms.MaxMaterial + 8<<10
 
 // encoder is a codec buffer that is used again and zeroed between uses.
 type encoder struct{ ttlv.Encoder }

@@ -226,9 +226,6 @@ type locateRequest struct {
 
 func locate(c *call, r *locateRequest) (kmip.OperationPayload, error) {
 	c.placeholder = ""
-	if r.ObjectGroupMember != 0 {
-		return nil, kms.Refuse(kmip.ResultReasonFeatureNotSupported, "locating by object group member is not supported")
-	}
 	filters := r.Attribute
 	if r.TemplateAttribute != nil {
 		inside, err := c.template(r.TemplateAttribute)
@@ -240,7 +237,7 @@ func locate(c *call, r *locateRequest) (kmip.OperationPayload, error) {
 	if err := c.given(filters); err != nil {
 		return nil, err
 	}
-	ids, total, err := c.session.Locate(c, kms.Query{Attributes: filters, Status: r.StorageStatusMask, Offset: r.OffsetItems, Max: r.MaximumItems})
+	ids, total, err := c.session.Locate(c, kms.Query{Attributes: filters, Status: r.StorageStatusMask, Member: r.ObjectGroupMember, Offset: r.OffsetItems, Max: r.MaximumItems})
 	if err != nil {
 		return nil, err
 	}
