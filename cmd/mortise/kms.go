@@ -26,6 +26,7 @@ import (
 	"mortise/internal/pki"
 	"mortise/internal/secret"
 	"mortise/internal/store"
+	"mortise/internal/tpm"
 )
 
 // kmsConfig is the KMS's configuration file; flags have the same names.
@@ -34,7 +35,7 @@ type kmsConfig struct {
 	Listen         string `toml:"listen"`
 	AdminSocket    string `toml:"admin_socket"`
 	AdminListen    string `toml:"admin_listen"`
-	PassphraseFile string `toml:"passphrase_file"`
+	rootKeysConfig
 	TLSCert        string `toml:"tls_cert"`
 	TLSKey         string `toml:"tls_key"`
 	Name           string `toml:"name"`
@@ -104,7 +105,14 @@ from the others, so that nobody need be there when it restarts.`,
 	f.StringVar(&cfg.Listen, "listen", fmt.Sprintf(":%d", kmipd.Port), "address for KMIP over TLS")
 	f.StringVar(&cfg.AdminSocket, "admin-socket", kmscli.DefaultSocket, "unix socket for the administrator, root only")
 	f.StringVar(&cfg.AdminListen, "admin-listen", fmt.Sprintf(":%d", admin.Port), "address of the administration API over HTTPS; \"\" for none")
-	f.StringVar(&cfg.PassphraseFile, "passphrase-file", "", "file with the passphrase of the root key, mode 0600")
+	f.StringVar(&cfg.PassphraseFile, "passphrase-file", "", "file with the passphrase of the root keys, mode 0600")
+	f.BoolVar(&cfg.TPM, "tpm", false, "at the first start seal the root keys to this machine's TPM 2.0; with a passphrase too, that is a second way in")
+	f.StringVar(&cfg.TPMDevice, "tpm-device", "", "the TPM (default "+tpm.DefaultDevice+")")
+	f.UintSliceVar(&cfg.TPMPCRs, "tpm-pcrs", nil, "PCRs that must stay as they are, e.g. 0,2,4,7 (default: none)")
+	f.StringVar(&cfg.PKCS11Module, "pkcs11-module", "", "library of a PKCS#11 token that keeps the root keys")
+	f.StringVar(&cfg.PKCS11Token, "pkcs11-token", "", "label of the token (default: the only one)")
+	f.StringVar(&cfg.PKCS11PINFile, "pkcs11-pin-file", "", "file with the token's PIN, mode 0600")
+	f.StringVar(&cfg.PKCS11Helper, "pkcs11-helper", "", "program that loads the library (default: mortise-pkcs11 beside this one)")
 	f.StringVar(&cfg.TLSCert, "tls-cert", "", "certificate of one's own, PEM (default: a self-signed one)")
 	f.StringVar(&cfg.TLSKey, "tls-key", "", "its key, PEM, mode 0600")
 	f.StringVar(&cfg.join, "join", "", "join a cluster with this token (first start only), or @FILE that holds it")
@@ -153,11 +161,11 @@ func serveKMS(ctx context.Context, cfg kmsConfig, isDev bool) error {
 		}
 		token = string(text)
 	}
-	ring, open, err := openKeyring(cfg.StateDir, cfg.PassphraseFile)
+	roots, err := openRootKeys(ctx, cfg.StateDir, cfg.rootKeysConfig, log)
 	if err != nil {
 		return err
 	}
-	defer ring.Close()
+	defer roots.close()
 	creds, certificate, key, err := kmsCredentials(cfg)
 	if err != nil {
 		return err
@@ -177,6 +185,7 @@ func serveKMS(ctx context.Context, cfg kmsConfig, isDev bool) error {
 		return err
 	}
 	defer s.Close()
+	options.FetchKeys = func(ctx context.Context, to kms.Sharer, ids ...string) error { return node.FetchKeys(ctx, to, ids...) }
 	k, err := kms.Open(ctx, s, options)
 	if err != nil {
 		return err
@@ -194,7 +203,7 @@ func serveKMS(ctx context.Context, cfg kmsConfig, isDev bool) error {
 		return err
 	}
 	defer os.Remove(cfg.AdminSocket)
-	api := admin.New(admin.Options{KMS: k, Cluster: node, Logger: log, Version: version})
+	api := admin.New(admin.Options{KMS: k, Cluster: node, RootKeys: roots, Logger: log, Version: version})
 	var https net.Listener
 	if cfg.AdminListen != "" {
 		if https, err = net.Listen("tcp", cfg.AdminListen); err != nil {
@@ -219,7 +228,7 @@ func serveKMS(ctx context.Context, cfg kmsConfig, isDev bool) error {
 		}
 	})
 	g.Go(func() error {
-		if err := unlockKMS(ctx, k, node, ring, open, log); err != nil {
+		if err := roots.unlock(ctx, k, node); err != nil {
 			return err
 		}
 		l, err := net.Listen("tcp", cfg.Listen) // not before: a locked server serves nobody

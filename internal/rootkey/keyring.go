@@ -54,13 +54,15 @@ var (
 // KindFile is the Kind of a Keyring.
 const KindFile = "file"
 
-// CreateKeyring makes an empty keyring in a new file at path (mode 0600),
-// sealed to s. It never overwrites one: the error then matches fs.ErrExist.
-func CreateKeyring(path string, s Sealing) (*Keyring, error) {
+// CreateKeyring makes an empty keyring in a new file at path (mode 0600), sealed
+// in one way or several, of which each opens it: a TPM for every day, a
+// passphrase for the day when the TPM is gone. It never overwrites a file: the
+// error then matches fs.ErrExist.
+func CreateKeyring(path string, ways ...Sealing) (*Keyring, error) {
 	if _, err := os.Lstat(path); err == nil { // a friendlier, earlier answer, before the cost of scrypt
 		return nil, existsError(path)
 	}
-	r, err := newRing(s)
+	r, err := newRing(ways)
 	if err != nil {
 		return nil, err
 	}
@@ -91,11 +93,11 @@ func LoadKeyring(path string) (*Keyring, error) {
 // Kind is "file".
 func (k *Keyring) Kind() string { return KindFile }
 
-// SealedBy names what opens the file: "passphrase" or "tpm".
-func (k *Keyring) SealedBy() string {
+// SealedBy names what opens the file: "passphrase", "tpm" or both.
+func (k *Keyring) SealedBy() []string {
 	k.mu.RLock()
 	defer k.mu.RUnlock()
-	return k.ring.method
+	return k.ring.methods()
 }
 
 // InFile returns the ids of all CRKs in the file, open or not, in order.
@@ -138,10 +140,10 @@ func (k *Keyring) Unlock(s Sealing) error {
 	return nil
 }
 
-// Reseal seals the file to another Sealing. The ring key pair is made anew, so
+// Reseal opens the file by old and seals it in other ways. The ring key pair is made anew, so
 // that an old copy of the file together with the old passphrase does not open
 // what the file holds from now on.
-func (k *Keyring) Reseal(old, fresh Sealing) error {
+func (k *Keyring) Reseal(old Sealing, fresh ...Sealing) error {
 	k.mu.Lock()
 	defer k.mu.Unlock()
 	private, err := k.ring.private(old)

@@ -79,7 +79,7 @@ func opens(t testing.TB, k *Keyring, id string, blob []byte, want *secret.Key) e
 func TestKeyring(t *testing.T) {
 	ctx := t.Context()
 	k, path := keyring(t)
-	if k.Kind() != "file" || k.SealedBy() != "passphrase" {
+	if k.Kind() != "file" || !slices.Equal(k.SealedBy(), []string{"passphrase"}) {
 		t.Errorf("kind %s, sealed by %s", k.Kind(), k.SealedBy())
 	}
 	a, imported := mustCreate(t, k), random(t, 32)
@@ -272,6 +272,53 @@ func TestReseal(t *testing.T) {
 	}
 }
 
+// otherWay is a second way into a keyring, made of a passphrase.
+type otherWay struct{ Sealing }
+
+func (otherWay) Method() string { return "other" }
+
+func TestTwoWaysIn(t *testing.T) {
+	path := filepath.Join(t.TempDir(), "crk.sealed")
+	one, two := Passphrase(passphrase(t, "one"), fast), otherWay{Passphrase(passphrase(t, "two"), fast)}
+	if _, err := CreateKeyring(path, one, one); err == nil {
+		t.Error("sealed twice in one way")
+	}
+	if _, err := CreateKeyring(path); err == nil {
+		t.Error("sealed in no way")
+	}
+	k, err := CreateKeyring(path, two, one)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer k.Close()
+	id := mustCreate(t, k)
+	open := func(s Sealing) error {
+		t.Helper()
+		again := reload(t, path, "")
+		if err := again.Unlock(s); err != nil {
+			return err
+		}
+		if list, _ := again.List(t.Context()); !slices.Equal(list, []string{id}) {
+			t.Errorf("opened %v", list)
+		}
+		return nil
+	}
+	for _, s := range []Sealing{one, two} {
+		if err := open(s); err != nil {
+			t.Errorf("%s: %v", s.Method(), err)
+		}
+	}
+	if err := k.Reseal(two, one); err != nil {
+		t.Fatal(err)
+	}
+	if err := open(two); !errors.Is(err, ErrSealedOtherwise) {
+		t.Errorf("by the way that was closed: %v", err)
+	}
+	if err := open(one); err != nil {
+		t.Error(err)
+	}
+}
+
 // TestKeyringInClear looks for CRKs and the passphrase in the file.
 func TestKeyringInClear(t *testing.T) {
 	k, path := keyring(t)
@@ -332,7 +379,7 @@ func TestKeyringDamage(t *testing.T) {
 		}
 	}
 	pass := Passphrase(passphrase(t, "correct horse"), fast)
-	foreign, err := newRing(pass)
+	foreign, err := newRing([]Sealing{pass})
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -344,11 +391,11 @@ func TestKeyringDamage(t *testing.T) {
 		says string
 	}{
 		{"wrong passphrase", func(*ring) {}, Passphrase(passphrase(t, "battery staple"), fast), ErrWrongPassphrase, ""},
-		{"other method", func(r *ring) { r.method = "tpm" }, pass, ErrSealedOtherwise, "by tpm, and not by passphrase"},
+		{"other method", func(r *ring) { r.seals[0].method = "tpm" }, pass, ErrSealedOtherwise, "by tpm, and not by passphrase"},
 		{"other public key", func(r *ring) { r.public = foreign.public }, pass, ErrDamaged, "public key line"},
 		{"moved entry", func(r *ring) { r.entries[0].id[0] ^= 1 }, pass, ErrDamaged, "does not open"},
 		{"cut entry", func(r *ring) { r.entries[0].sealed = r.entries[0].sealed[:5] }, pass, ErrDamaged, "does not open"},
-		{"no age file", func(r *ring) { r.sealed = []byte("x") }, pass, ErrDamaged, ""},
+		{"no age file", func(r *ring) { r.seals[0].sealed = []byte("x") }, pass, ErrDamaged, ""},
 	} {
 		r, err := parseRing(whole)
 		if err != nil {
@@ -417,7 +464,9 @@ func TestKeyringRace(t *testing.T) {
 }
 
 func FuzzParseRing(f *testing.F) {
-	r := ring{method: "passphrase", sealed: []byte("sealed"), public: []byte("public")}
+	r := ring{seals: []sealedKey{{"passphrase", []byte("sealed")}}, public: []byte("public")}
+	f.Add(r.text())
+	r.seals = append(r.seals, sealedKey{"tpm", []byte("blob")})
 	f.Add(r.text())
 	r.entries = []entry{{[idLen]byte{1}, []byte("one")}, {[idLen]byte{2}, []byte("two")}}
 	f.Add(r.text())

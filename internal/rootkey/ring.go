@@ -21,6 +21,7 @@ import (
 //
 //	mortise-keyring v1
 //	sealed passphrase (the private ring key, sealed: an age file, or a TPM's blob)
+//	sealed tpm (a line for each way in; one or more)
 //	public (the public ring key)
 //	crk 0123456789abcdef0123456789abcdef (the CRK, sealed to the ring key)
 //	…
@@ -42,10 +43,14 @@ const (
 )
 
 type ring struct {
-	method  string // of the Sealing
-	sealed  []byte // the private ring key
+	seals   []sealedKey // of the private ring key, each opens it
 	public  []byte
 	entries []entry
+}
+
+type sealedKey struct {
+	method string // of the Sealing
+	sealed []byte
 }
 
 type entry struct {
@@ -55,8 +60,11 @@ type entry struct {
 
 func ringKEM() hpke.KEM { return hpke.MLKEM768X25519() }
 
-// newRing makes a ring key pair and seals its private half.
-func newRing(s Sealing) (r ring, err error) {
+// newRing makes a ring key pair and seals its private half in each way.
+func newRing(ways []Sealing) (r ring, err error) {
+	if len(ways) == 0 {
+		return r, errors.New("rootkey: a keyring needs something to be sealed to")
+	}
 	private, err := ringKEM().GenerateKey()
 	if err != nil {
 		return r, fmt.Errorf("rootkey: making a ring key: %w", err)
@@ -70,19 +78,44 @@ func newRing(s Sealing) (r ring, err error) {
 		return r, err
 	}
 	defer seed.Wipe()
-	r = ring{method: s.Method(), public: private.PublicKey().Bytes()}
-	if r.sealed, err = s.Seal(seed); err != nil {
-		return r, fmt.Errorf("rootkey: sealing the ring key: %w", err)
+	r.public = private.PublicKey().Bytes()
+	for _, s := range ways {
+		if r.sealOf(s.Method()) != nil {
+			return r, fmt.Errorf("rootkey: a keyring is sealed by one %s, not two", s.Method())
+		}
+		sealed, err := s.Seal(seed)
+		if err != nil {
+			return r, fmt.Errorf("rootkey: sealing the ring key by %s: %w", s.Method(), err)
+		}
+		r.seals = append(r.seals, sealedKey{s.Method(), sealed})
 	}
 	return r, nil
 }
 
+// sealOf returns the private ring key as sealed by that method, nil if it is not.
+func (r ring) sealOf(method string) []byte {
+	for _, s := range r.seals {
+		if s.method == method {
+			return s.sealed
+		}
+	}
+	return nil
+}
+
+func (r ring) methods() (list []string) {
+	for _, s := range r.seals {
+		list = append(list, s.method)
+	}
+	return list
+}
+
 // private opens the private ring key.
 func (r ring) private(s Sealing) (private hpke.PrivateKey, err error) {
-	if s.Method() != r.method {
-		return nil, fmt.Errorf("%w: by %s, and not by %s", ErrSealedOtherwise, r.method, s.Method())
+	sealed := r.sealOf(s.Method())
+	if sealed == nil {
+		return nil, fmt.Errorf("%w: by %s, and not by %s", ErrSealedOtherwise, strings.Join(r.methods(), " and "), s.Method())
 	}
-	seed, err := s.Unseal(r.sealed)
+	seed, err := s.Unseal(sealed)
 	if err != nil {
 		return nil, err
 	}
@@ -139,7 +172,11 @@ func (r ring) clone() ring {
 }
 
 func (r ring) text() []byte {
-	b := fmt.Appendf(nil, "%s %s\nsealed %s %s\npublic %s\n", ringMagic, ringV1, r.method, base64.StdEncoding.EncodeToString(r.sealed), base64.StdEncoding.EncodeToString(r.public))
+	b := fmt.Appendf(nil, "%s %s\n", ringMagic, ringV1)
+	for _, s := range r.seals {
+		b = fmt.Appendf(b, "sealed %s %s\n", s.method, base64.StdEncoding.EncodeToString(s.sealed))
+	}
+	b = fmt.Appendf(b, "public %s\n", base64.StdEncoding.EncodeToString(r.public))
 	for _, e := range r.entries {
 		b = fmt.Appendf(b, "crk %x %s\n", e.id, base64.StdEncoding.EncodeToString(e.sealed))
 	}
@@ -175,40 +212,47 @@ func parseRing(text []byte) (r ring, err error) {
 	if !hexLine(sum[:], last, "sha256 ") || sum != sha256.Sum256(body) {
 		return damaged("its checksum does not match")
 	}
-	lines := strings.Split(strings.TrimSuffix(string(body), "\n"), "\n")
-	if len(lines) < 3 {
-		return damaged("it has too few lines")
+	lines := strings.Split(strings.TrimSuffix(string(body), "\n"), "\n")[1:]
+	at := 2 // number of the line that is looked at
+	for ; len(lines) > 0 && strings.HasPrefix(lines[0], "sealed "); lines, at = lines[1:], at+1 {
+		method, blob, ok := strings.Cut(strings.TrimPrefix(lines[0], "sealed "), " ")
+		if !ok || method == "" || strings.Trim(method, "abcdefghijklmnopqrstuvwxyz0123456789") != "" || r.sealOf(method) != nil {
+			return damaged("line %d does not say how it is sealed", at)
+		}
+		sealed, err := strictBase64(blob)
+		if err != nil {
+			return damaged("line %d: %v", at, err)
+		}
+		r.seals = append(r.seals, sealedKey{method, sealed})
 	}
-	sealed, ok1 := strings.CutPrefix(lines[1], "sealed ")
-	method, blob, ok2 := strings.Cut(sealed, " ")
-	if !ok1 || !ok2 || method == "" || strings.Trim(method, "abcdefghijklmnopqrstuvwxyz0123456789") != "" {
+	if len(r.seals) == 0 {
 		return damaged("its second line does not say how it is sealed")
 	}
-	r.method = method
-	if r.sealed, err = strictBase64(blob); err != nil {
-		return damaged("its second line: %v", err)
+	if len(lines) == 0 {
+		return damaged("it has too few lines")
 	}
-	public, ok := strings.CutPrefix(lines[2], "public ")
+	public, ok := strings.CutPrefix(lines[0], "public ")
 	if !ok {
-		return damaged("no public key in its third line")
+		return damaged("no public key in line %d", at)
 	}
 	if r.public, err = strictBase64(public); err != nil {
-		return damaged("its third line: %v", err)
+		return damaged("line %d: %v", at, err)
 	}
+	lines, at = lines[1:], at+1
 	seen := map[[idLen]byte]bool{}
-	for n, line := range lines[3:] {
+	for n, line := range lines {
 		rest, ok := strings.CutPrefix(line, "crk ")
 		digits, blob, ok2 := strings.Cut(rest, " ")
 		var e entry
 		if !ok || !ok2 || !hexLine(e.id[:], digits, "") {
-			return damaged("line %d names no root key", n+4)
+			return damaged("line %d names no root key", n+at)
 		}
 		if seen[e.id] {
 			return damaged("root key %x is in it twice", e.id)
 		}
 		seen[e.id] = true
 		if e.sealed, err = strictBase64(blob); err != nil {
-			return damaged("line %d: %v", n+4, err)
+			return damaged("line %d: %v", n+at, err)
 		}
 		r.entries = append(r.entries, e)
 	}

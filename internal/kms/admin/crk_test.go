@@ -26,7 +26,7 @@ type opener struct {
 
 func (o *opener) Status() []RootKeyStatus {
 	list, _ := o.ring.List(context.Background())
-	return []RootKeyStatus{{Provider: "file", SealedBy: o.ring.SealedBy(), Open: len(list) > 0, Where: "crk.sealed"}}
+	return []RootKeyStatus{{Provider: "file", SealedBy: strings.Join(o.ring.SealedBy(), " or "), Open: len(list) > 0, Where: "crk.sealed"}}
 }
 
 func (o *opener) Unlock(_ context.Context, _ string, with *secret.Key) error {
