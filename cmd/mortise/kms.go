@@ -31,20 +31,20 @@ import (
 
 // kmsConfig is the KMS's configuration file; flags have the same names.
 type kmsConfig struct {
-	StateDir       string `toml:"state_dir"`
-	Listen         string `toml:"listen"`
-	AdminSocket    string `toml:"admin_socket"`
-	AdminListen    string `toml:"admin_listen"`
+	StateDir    string `toml:"state_dir"`
+	Listen      string `toml:"listen"`
+	AdminSocket string `toml:"admin_socket"`
+	AdminListen string `toml:"admin_listen"`
 	rootKeysConfig
-	TLSCert        string `toml:"tls_cert"`
-	TLSKey         string `toml:"tls_key"`
-	Name           string `toml:"name"`
-	PeerAddress    string `toml:"peer_address"`
-	PeerListen     string `toml:"peer_listen"`
-	QuotaGiB       int64  `toml:"quota_gib"`
-	join           string
-	single         bool
-	clockFile      string // of a test
+	TLSCert     string `toml:"tls_cert"`
+	TLSKey      string `toml:"tls_key"`
+	Name        string `toml:"name"`
+	PeerAddress string `toml:"peer_address"`
+	PeerListen  string `toml:"peer_listen"`
+	QuotaGiB    int64  `toml:"quota_gib"`
+	join        string
+	single      bool
+	clockFile   string // of a test
 	logFlags
 }
 

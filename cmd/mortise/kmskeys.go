@@ -23,7 +23,6 @@ import (
 	"mortise/internal/tpm"
 )
 
-
 // rootKeysConfig says where root keys are and what opens them.
 type rootKeysConfig struct {
 	PassphraseFile string `toml:"passphrase_file"`

@@ -54,6 +54,17 @@ func TestScripts(t *testing.T) {
 				}
 				ts.Fatalf("%s does not appear", args[0])
 			},
+			// waitopen PORT waits until something listens there.
+			"waitopen": func(ts *testscript.TestScript, _ bool, args []string) {
+				for range 300 {
+					if c, err := net.Dial("tcp", "127.0.0.1:"+args[0]); err == nil {
+						c.Close()
+						return
+					}
+					time.Sleep(100 * time.Millisecond)
+				}
+				ts.Fatalf("nothing listens on port %s", args[0])
+			},
 			"chmod600": func(ts *testscript.TestScript, _ bool, args []string) {
 				ts.Check(os.Chmod(ts.MkAbs(args[0]), 0o600))
 			},

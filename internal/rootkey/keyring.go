@@ -307,7 +307,7 @@ func (k *Keyring) CheckValue(_ context.Context, id string) (string, error) {
 }
 
 // MaxShare is how many CRKs one share holds.
-const MaxShare = 64
+const MaxShare = 256
 
 // A share is a version byte and, for each CRK, its id (16 bytes) and key (32).
 const shareVersion = 1
