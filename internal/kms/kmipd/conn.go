@@ -24,6 +24,8 @@ type conn struct {
 	s    *server
 	raw  net.Conn
 	from string
+	// instance is whose client this is; "" until the handshake has told.
+	instance string
 
 	mu     sync.Mutex
 	busy   bool // a request is being read or answered
@@ -44,7 +46,7 @@ func (c *conn) serve() {
 		c.s.log.Debug("kmip: connection refused", "from", c.from, "error", err)
 		return
 	}
-	stream := tls.Server(c.raw, c.s.tls)
+	stream := tls.Server(&handshaking{c.raw, c}, c.s.tls)
 	ctx, cancel := context.WithTimeout(context.Background(), c.s.HandshakeTimeout)
 	err := stream.HandshakeContext(ctx)
 	cancel()
@@ -59,7 +61,7 @@ func (c *conn) serve() {
 	defer stream.Close()
 	cert := stream.ConnectionState().PeerCertificates[0]
 	open := func(ctx context.Context) (*kms.Session, error) {
-		return c.s.kms.Session(ctx, c.s.Instance, cert, c.from)
+		return c.s.kms.Session(ctx, c.instance, cert, c.from)
 	}
 	for c.next(stream, open) {
 	}
