@@ -126,9 +126,7 @@ func (r *reply) handle(ctx context.Context, open sessionOpener, msg []byte) (kee
 // after it are not answered.
 func (r *reply) run(c *call, batch []item, onError kmip.BatchErrorContinuationOption) {
 	for _, it := range batch {
-		begun := time.Now()
 		answer := c.do(it)
-		c.answered(begun, &answer)
 		r.message.BatchItem = append(r.message.BatchItem, answer)
 		if answer.ResultStatus == kmip.ResultStatusSuccess {
 			continue
