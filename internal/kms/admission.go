@@ -22,7 +22,7 @@ import (
 func (k *KMS) Admit(ctx context.Context, instanceID string, cert *x509.Certificate) error {
 	if inst := k.here(instanceID); inst != nil {
 		sum := sha256.Sum256(cert.Raw)
-		if e, ok := inst.clients.Peek(hex.EncodeToString(sum[:])); ok && e.Value.valid(k.now()) == nil {
+		if e, ok := inst.clients.Peek(hex.EncodeToString(sum[:])); ok && e.Value.valid(k.now()) == nil && k.admitted() == nil {
 			return nil
 		}
 	}
@@ -30,40 +30,68 @@ func (k *KMS) Admit(ctx context.Context, instanceID string, cert *x509.Certifica
 	return err
 }
 
-// assumed is what a session took for true of its client; zero after it has asked.
-type assumed struct {
+// Presume is [KMS.Session] for who may not need to ask: it takes for true what
+// this member knows of the client. [Session.Confirm] asks; a session that only
+// makes new objects can do without.
+func (k *KMS) Presume(ctx context.Context, instanceID string, cert *x509.Certificate, from string) (*Session, error) {
+	inst := k.here(instanceID)
+	r, ok := k.records.Peek(instanceID)
+	if inst == nil || !ok || !r.Value.Ungranted.IsZero() || k.crkEnded(r.Value.CRK) || inst.created != r.Created {
+		return k.Session(ctx, instanceID, cert, from)
+	}
+	sum := sha256.Sum256(cert.Raw)
+	e, ok := inst.clients.Peek(hex.EncodeToString(sum[:]))
+	if !ok || e.Value.valid(k.now()) != nil || k.admitted() != nil {
+		return k.Session(ctx, instanceID, cert, from)
+	}
+	s := inst.session(k, e, from)
+	s.quota = r.Value.Settings.Quota
+	s.presumed = presumed{record: r.Revision, revision: e.Revision, cert: cert}
+	return s, nil
+}
+
+// presumed is what a session took for true of its client and its instance; zero
+// after it has asked.
+type presumed struct {
+	record   int64 // revision of the instance's record
 	revision int64 // of the client's record
 	cert     *x509.Certificate
 }
 
-// certain makes what follows linearizable: it replaces the assumption by asking.
-func (a *assumed) certain(ctx context.Context, s *Session) error {
-	if a.cert == nil {
+// Confirm makes what follows linearizable: what was presumed is asked for. The
+// errors are those of [KMS.Session]. Reading an object confirms too.
+func (s *Session) Confirm(ctx context.Context) error { return s.confirm(ctx, s) }
+
+func (p *presumed) confirm(ctx context.Context, s *Session) error {
+	if p.cert == nil {
 		return nil
 	}
-	now, err := s.k.Session(ctx, s.Instance, a.cert, s.From)
+	now, err := s.k.Session(ctx, s.Instance, p.cert, s.From)
 	if err != nil {
 		return err
 	}
-	*a, s.synced, s.Actor = assumed{}, true, now.Actor
+	*p, s.synced, s.Actor, s.quota = presumed{}, true, now.Actor, now.quota
+	if s.op != 0 {
+		return s.allow(s.op) // its role may be another
+	}
 	return nil
 }
 
-// guard adds the assumption to a transaction.
-func (a *assumed) guard(s *Session, ops []store.Op) []store.Op {
-	if a.cert == nil {
+// guard adds what is presumed to a transaction.
+func (p *presumed) guard(s *Session, ops []store.Op) []store.Op {
+	if p.cert == nil {
 		return ops
 	}
-	return append(ops, s.inst.clients.Unchanged(s.Fingerprint, a.revision))
+	return append(ops, s.inst.clients.Unchanged(s.Fingerprint, p.revision), s.k.records.Unchanged(s.inst.id, p.record))
 }
 
-// unguard looks at why a transaction with an assumption failed: if the client is
+// unguard looks at why a transaction failed: if the client is
 // no longer what it was, that is the error, or the whole is to be tried again.
-func (a *assumed) unguard(ctx context.Context, s *Session, failed error) error {
-	if a.cert == nil || !errors.Is(failed, store.ErrConflict) && !errors.Is(failed, store.ErrNotFound) {
+func (p *presumed) unguard(ctx context.Context, s *Session, failed error) error {
+	if p.cert == nil || !errors.Is(failed, store.ErrConflict) && !errors.Is(failed, store.ErrNotFound) {
 		return failed
 	}
-	if err := a.certain(ctx, s); err != nil {
+	if err := p.confirm(ctx, s); err != nil {
 		return err
 	}
 	return store.ErrConflict

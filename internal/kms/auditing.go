@@ -73,11 +73,11 @@ func (s *Session) commit(ctx context.Context, ops ...store.Op) error {
 	for _, e := range s.changes(ops) {
 		ops = append(ops, s.k.enqueue(&e))
 	}
-	rev, err := s.k.commitSealed(ctx, s.inst, ops...)
+	rev, err := s.k.commitSealed(ctx, s.inst, s.guard(s, ops)...)
 	if err == nil {
 		s.revision, s.audited = rev, true
 	}
-	return err
+	return s.unguard(ctx, s, err)
 }
 
 // changes are the entries of a transaction: one for an operation, which names the

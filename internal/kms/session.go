@@ -23,6 +23,7 @@ type Session struct {
 	done     []step // all writes, for Undo
 	trail           // of the operation under way
 	Actor           // who the client is
+	presumed        // what it has not asked
 }
 
 // Material is an object as Register takes it and Get gives it.
@@ -46,6 +47,9 @@ type Material struct {
 func (s *Session) read(ctx context.Context, id string) (store.Entry[*object], error) {
 	if id == "" {
 		return store.Entry[*object]{}, Refuse(kmip.ResultReasonItemNotFound, "no identifier is given, and none comes from earlier in the batch")
+	}
+	if err := s.Confirm(ctx); err != nil {
+		return store.Entry[*object]{}, AsError(err)
 	}
 	e, ok := s.inst.objects.Peek(id)
 	if !s.synced || !ok { // Get also says what is wrong

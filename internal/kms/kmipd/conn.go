@@ -61,7 +61,7 @@ func (c *conn) serve() {
 	defer stream.Close()
 	cert := stream.ConnectionState().PeerCertificates[0]
 	open := func(ctx context.Context) (*kms.Session, error) {
-		return c.s.kms.Session(ctx, c.instance, cert, c.from)
+		return c.s.kms.Presume(ctx, c.instance, cert, c.from)
 	}
 	for c.next(stream, open) {
 	}

@@ -112,12 +112,32 @@ func (r *reply) handle(ctx context.Context, open sessionOpener, msg []byte) (kee
 		return true
 	}
 	session, err := open(ctx)
+	if err == nil && !onlyMakes(batch) {
+		err = session.Confirm(ctx)
+	}
 	if err != nil {
 		r.s.log.Warn("kmip: client refused", "from", r.from, "error", err)
 		r.fail(kms.AsError(err))
 		return false
 	}
 	r.run(&call{Context: ctx, session: session, s: r.s, reply: r}, batch, header.BatchErrorContinuationOption)
+	return true
+}
+
+// onlyMakes tells that all items are operations that make objects and read none:
+// etcd need not be asked what is newest, for the transactions say if the client
+// is no longer what it was.
+func onlyMakes(batch []item) bool {
+	for _, it := range batch {
+		if len(it.value) < 2*headerLen || binary.BigEndian.Uint32(it.value) != uint32(kmip.TagOperation)<<8|uint32(ttlv.TypeEnumeration) {
+			return false
+		}
+		switch kmip.Operation(binary.BigEndian.Uint32(it.value[headerLen:])) {
+		case kmip.OperationCreate, kmip.OperationRegister:
+		default:
+			return false
+		}
+	}
 	return true
 }
 
