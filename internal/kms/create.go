@@ -181,7 +181,7 @@ func (o *object) adopt(m Material) error {
 // newObject makes an object of the attributes that a client gives for it.
 func (s *Session) newObject(t kmip.ObjectType, attributes []kmip.Attribute) (*object, error) {
 	now := s.now()
-	o := &object{Version: objectVersion, Type: t, State: kmip.StatePreActive, Initial: now, LastChange: now}
+	o := &object{Type: t, State: kmip.StatePreActive, Initial: now, LastChange: now}
 	if err := o.give(attributes, now); err != nil {
 		return nil, err
 	}

@@ -52,7 +52,7 @@ type instance struct {
 	names   *store.Collection[string]
 	clients *store.Collection[Client]
 
-	turns turns // of groups' members
+	turns   turns // of groups' members
 	apiKeys *store.Collection[APIKey]
 	// authorities has the instance's CA, once it has one.
 	authorities *store.Collection[*authority]

@@ -16,7 +16,6 @@ const MaxMaterial = secret.MaxLen
 // object is a managed object as its record has it ([object.fields]). Every read
 // decodes one anew.
 type object struct {
-	Version     int // goes
 	Type        kmip.ObjectType
 	Subtype     uint32 // SecretDataType or OpaqueDataType
 	Algorithm   kmip.CryptographicAlgorithm

@@ -28,8 +28,6 @@ import (
 // recordVersion is for changes that numbers of fields cannot express.
 const recordVersion = 1
 
-const objectVersion = 0 // goes
-
 // fields names every field that is stored, once, for writing and for reading. A
 // number is never given to another field. To add a field, add a line.
 func (o *object) fields(f *fields) {

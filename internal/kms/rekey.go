@@ -63,7 +63,7 @@ func (s *Session) ReKey(ctx context.Context, id string, offset *time.Duration, a
 // replacement key.
 func (o *object) successor(now time.Time, offset *time.Duration) *object {
 	n := &object{
-		Version: objectVersion, Type: o.Type, Algorithm: o.Algorithm, Length: o.Length, Usage: o.Usage, State: kmip.StatePreActive,
+		Type: o.Type, Algorithm: o.Algorithm, Length: o.Length, Usage: o.Usage, State: kmip.StatePreActive,
 		Initial: now, LastChange: now,
 		Activation: o.Activation, ProcessFrom: o.ProcessFrom, ProtectTo: o.ProtectTo, Deactivated: o.Deactivated,
 		Flags:      o.Flags & (flagSensitive | flagAlwaysSensitive | flagInextractable | flagNeverExtractable),

@@ -49,7 +49,7 @@ func (s *Session) Import(ctx context.Context, id string, replace bool, m Materia
 
 // imported makes an object of all its attributes.
 func (s *Session) imported(m Material, attributes []kmip.Attribute, now time.Time) (*object, error) {
-	o := &object{Version: objectVersion, Type: m.Type, State: kmip.StatePreActive, Initial: now, LastChange: now}
+	o := &object{Type: m.Type, State: kmip.StatePreActive, Initial: now, LastChange: now}
 	var given []kmip.Attribute
 	for _, a := range attributes {
 		own, err := o.restore(a)
