@@ -16,7 +16,7 @@ import (
 const (
 	// lateAnswers is how long answers of writes that a former leader took are
 	// waited for under its successor: what it had spread is still committed.
-	lateAnswers = 300 * time.Millisecond
+	lateAnswers = 150 * time.Millisecond
 	// headlessAfter is how long a member is without a leader before it refuses
 	// at once. An election is over sooner.
 	headlessAfter = 1500 * time.Millisecond

@@ -239,10 +239,10 @@ func etcdConfig(cfg Config, id identity, log *slog.Logger) *embed.Config {
 		e.ClusterState = embed.ClusterStateFlagExisting
 	}
 	e.ForceNewCluster = cfg.Single
-	// A follower stands for election after 750 to 1500 ms of silence: writes are
-	// back well within 3 s of losing a leader, and a busy machine's pauses are no
-	// reason for an election.
-	e.TickMs, e.ElectionMs = 75, 750
+	// A follower stands for election after 600 to 1200 ms of silence: writes are
+	// back well within 3 s of losing a leader, even one that is only heard no more
+	// and takes 600 ms to notice. A busy machine's or disk's pauses are shorter.
+	e.TickMs, e.ElectionMs = 50, 600
 	e.EnableGRPCGateway = false
 	e.AuthToken = "" // nobody logs in to it
 	e.AutoCompactionMode = embed.CompactorModePeriodic
