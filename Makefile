@@ -2,6 +2,7 @@
 # make test    installs what is missing and runs every check and test
 # make bench   speed of ourselves, the peer and the limit, in one run (BENCH=xts|nbd|convert|kms)
 # make conformance   the OASIS test cases against a key server (V=1 shows differences, WRITE=1 updates the list)
+# make torture-ha  faults of three key servers under load, for TORTURE=10m
 # make build   bin/mortise, one static binary; and bin/mortise-pkcs11, for hardware tokens,
 #              where there is a C compiler
 
@@ -9,7 +10,7 @@ GO     ?= go
 BENCH  ?= all
 export CGO_ENABLED = 0
 
-.PHONY: all build demo test check generate bench conformance install-run install-test clean
+.PHONY: all build demo test check generate bench torture-ha conformance install-run install-test clean
 
 all: build
 
@@ -36,6 +37,10 @@ bench: install-test build
 conformance: build
 	@$(GO) build -trimpath -o bin/conformance ./test/conformance
 	@bin/conformance -mortise bin/mortise $(if $(V),-v) $(if $(WRITE),-write) $(if $(RUN),-run $(RUN))
+
+TORTURE ?= 10m
+torture-ha: install-test
+	MORTISE_TORTURE_HA=$(TORTURE) $(GO) test -count=1 -timeout 24h -v -run TestFaults ./test/ha
 
 install-run:
 	@build/packages.sh run

@@ -13,6 +13,7 @@ run=(
 	ca-certificates curl
 )
 test=(
+	iproute2 iptables util-linux # members of a key server in network namespaces
 	libvirt-clients openssl gcc libc6-dev binutils
 	# root keys: a token, its tool, a TPM in software
 	softhsm2 opensc swtpm
