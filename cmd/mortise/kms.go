@@ -231,6 +231,9 @@ func serveKMS(ctx context.Context, cfg kmsConfig, isDev bool) error {
 		if err := roots.unlock(ctx, k, node); err != nil {
 			return err
 		}
+		if err := k.AwaitRelease(ctx); err != nil {
+			return err
+		}
 		l, err := net.Listen("tcp", cfg.Listen) // not before: a locked server serves nobody
 		if err != nil {
 			return fmt.Errorf("--listen: %w", err)

@@ -129,6 +129,22 @@ func (k *KMS) admitted() error {
 	return nil
 }
 
+// AwaitRelease returns when the KMS is not quarantined, or ctx ends.
+func (k *KMS) AwaitRelease(ctx context.Context) error {
+	w := k.store.Watch(quarantineCollection)
+	defer w.Close()
+	for {
+		if _, err := k.Quarantined(ctx); errors.Is(err, store.ErrNotFound) {
+			return nil
+		} else if err != nil && ctx.Err() == nil && !errors.Is(err, store.ErrUnavailable) {
+			return fmt.Errorf("kms: looking whether the server is quarantined: %w", err)
+		}
+		if _, err := w.Next(ctx); err != nil {
+			return err
+		}
+	}
+}
+
 // QuarantinedActs lists what the audit logs have of the time after the backup,
 // and what became of it.
 func (k *KMS) QuarantinedActs(ctx context.Context) ([]Act, error) {

@@ -20,7 +20,7 @@ import (
 func rows() []row {
 	var all []row
 	for _, area := range [][]row{
-		descriptionRows(), instanceRows(), clientRows(), apiKeyRows(), backupRows(), memberRows(), auditRows(), crkRows(),
+		descriptionRows(), instanceRows(), clientRows(), apiKeyRows(), backupRows(), importRows(), memberRows(), auditRows(), crkRows(),
 	} {
 		all = append(all, area...)
 	}
