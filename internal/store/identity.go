@@ -29,6 +29,8 @@ type identity struct {
 	// start has succeeded.
 	Cluster string `json:"cluster,omitempty"`
 	Member  string `json:"member,omitempty"`
+	// Alone: the last start made this member the only one of its cluster.
+	Alone bool `json:"alone,omitempty"`
 }
 
 func identityPath(dir string) string { return filepath.Join(dir, "identity.json") }
@@ -82,6 +84,22 @@ func prepareIdentity(dir, name string) (identity, error) {
 	}
 	id = identity{Token: "mortise-" + rand.Text(), Name: name}
 	return id, id.write(dir)
+}
+
+// alone notes whether this start makes the member the only one, and refuses two
+// such starts in a row: left in a service's settings, the order would throw out
+// the members that joined since.
+func (id *identity) alone(dir string, single bool) error {
+	switch {
+	case single && id.Member == "":
+		return errors.New("there is no cluster in this folder to go on alone with")
+	case single && id.Alone:
+		return errors.New("this member goes on alone since its last start; start it without that order now")
+	case single == id.Alone:
+		return nil
+	}
+	id.Alone = single
+	return id.write(dir)
 }
 
 // confirm compares the folder's identity with what etcd says, or completes it

@@ -497,4 +497,11 @@ func TestSingle(t *testing.T) {
 	if list, err := a.Members(t.Context()); err != nil || len(list) != 1 {
 		t.Errorf("members: %+v, %v", list, err)
 	}
+	a.Close()
+	if s, err := Open(t.Context(), cfg); err == nil {
+		s.Close()
+		t.Error("the order to go on alone was taken twice in a row")
+	}
+	cfg.Single = false
+	g.open(cfg)
 }
