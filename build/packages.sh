@@ -17,7 +17,7 @@ test=(
 	libvirt-clients openssl gcc libc6-dev binutils
 	# root keys: a token, its tool, a TPM in software
 	softhsm2 opensc swtpm
-	python3 python3-pykmip python3-cryptography python3-pyvmomi libnbd-bin python3-libnbd fio nbdkit
+	python3 python3-pykmip python3-cryptography python3-pyvmomi libnbd-bin python3-libnbd fio nbdkit age
 )
 
 case "${1:-}" in
