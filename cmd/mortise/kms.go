@@ -1,6 +1,7 @@
 package main
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -20,9 +21,11 @@ import (
 	"mortise/internal/cli/kmscli"
 	"mortise/internal/kms"
 	"mortise/internal/kms/admin"
+	"mortise/internal/kms/audit"
 	"mortise/internal/kms/backup"
 	"mortise/internal/kms/cluster"
 	"mortise/internal/kms/kmipd"
+	"mortise/internal/kms/metrics"
 	"mortise/internal/pki"
 	"mortise/internal/secret"
 	"mortise/internal/store"
@@ -36,15 +39,19 @@ type kmsConfig struct {
 	AdminSocket string `toml:"admin_socket"`
 	AdminListen string `toml:"admin_listen"`
 	rootKeysConfig
-	TLSCert     string `toml:"tls_cert"`
-	TLSKey      string `toml:"tls_key"`
-	Name        string `toml:"name"`
-	PeerAddress string `toml:"peer_address"`
-	PeerListen  string `toml:"peer_listen"`
-	QuotaGiB    int64  `toml:"quota_gib"`
-	join        string
-	single      bool
-	clockFile   string // of a test
+	TLSCert       string   `toml:"tls_cert"`
+	TLSKey        string   `toml:"tls_key"`
+	Name          string   `toml:"name"`
+	PeerAddress   string   `toml:"peer_address"`
+	PeerListen    string   `toml:"peer_listen"`
+	QuotaGiB      int64    `toml:"quota_gib"`
+	MetricsListen string   `toml:"metrics_listen"`
+	AuditDir      string   `toml:"audit_dir"`
+	AuditAnchors  []string `toml:"audit_anchor"`
+	AuditSegment  int64    `toml:"audit_segment_mib"`
+	join          string
+	single        bool
+	clockFile     string // of a test
 	logFlags
 }
 
@@ -120,6 +127,10 @@ from the others, so that nobody need be there when it restarts.`,
 	f.StringVar(&cfg.PeerAddress, "peer-address", "", fmt.Sprintf("where other members reach this one, host:port (usually port %d)", cluster.Port))
 	f.StringVar(&cfg.PeerListen, "peer-listen", "", "what to listen on for them (default: every interface, that port)")
 	f.Int64Var(&cfg.QuotaGiB, "quota-gib", store.DefaultQuota>>30, "size of the database at which writes are refused, GiB")
+	f.StringVar(&cfg.MetricsListen, "metrics-listen", defaultMetrics, "address of /metrics, /healthz and /readyz, over HTTP without log-in; \"\" for none")
+	f.StringVar(&cfg.AuditDir, "audit-dir", "", "folder of the audit log, best on a disk of its own (default: audit in the state folder)")
+	f.StringArrayVar(&cfg.AuditAnchors, "audit-anchor", nil, "keep the audit log's signed heads there too: /path/on/another/machine, tcp://loghost:514 or tls://loghost:6514?ca=FILE (may be repeated)")
+	f.Int64Var(&cfg.AuditSegment, "audit-segment-mib", 16, "size of the pieces of the audit log, MiB")
 	f.BoolVar(&cfg.single, "go-on-alone", false, "the other members are lost for good: make this one a cluster of its own")
 	f.BoolVar(&isDev, "dev", false, "")
 	f.StringVar(&cfg.clockFile, "clock-offset-file", "", "")
@@ -143,6 +154,9 @@ func serveKMS(ctx context.Context, cfg kmsConfig, isDev bool) error {
 		return fmt.Errorf("a restore to %s was interrupted: run it again", cfg.StateDir)
 	}
 	options := kms.Options{Logger: log}
+	if options.Audit, err = auditOptions(cfg); err != nil {
+		return err
+	}
 	if cfg.clockFile != "" {
 		if !isDev {
 			return errors.New("--clock-offset-file is for tests")
@@ -170,6 +184,8 @@ func serveKMS(ctx context.Context, cfg kmsConfig, isDev bool) error {
 	if err != nil {
 		return err
 	}
+	measured := metrics.New(metrics.Options{Version: version, Logger: log, ServerCertificate: func() time.Time { return creds.Leaf().NotAfter }})
+	options.Audit.Synced = measured.AuditSynced
 	reload := make(chan os.Signal, 1)
 	signal.Notify(reload, syscall.SIGHUP)
 	defer signal.Stop(reload)
@@ -211,6 +227,17 @@ func serveKMS(ctx context.Context, cfg kmsConfig, isDev bool) error {
 		}
 	}
 	g, ctx := errgroup.WithContext(ctx)
+	if cfg.MetricsListen != "" {
+		l, err := net.Listen("tcp", cfg.MetricsListen)
+		switch {
+		case err == nil:
+			g.Go(func() error { return measured.Serve(ctx, l, k) })
+		case cfg.MetricsListen == defaultMetrics && errors.Is(err, syscall.EADDRINUSE):
+			log.Warn("metrics and health are not served: somebody else has the address; choose one with --metrics-listen", "address", defaultMetrics)
+		default:
+			return fmt.Errorf("--metrics-listen: %w", err)
+		}
+	}
 	g.Go(func() error {
 		creds.Follow(ctx, certificate, key, reload, log)
 		return nil
@@ -242,9 +269,29 @@ func serveKMS(ctx context.Context, cfg kmsConfig, isDev bool) error {
 		if _, err := daemon.SdNotify(false, daemon.SdNotifyReady); err != nil {
 			log.Warn("systemd could not be told that the server is ready", "error", err)
 		}
-		return kmipd.Serve(ctx, l, k, kmipd.Options{Credentials: creds, Logger: log})
+		return kmipd.Serve(ctx, l, k, kmipd.Options{Credentials: creds, Logger: log, Watcher: measured})
 	})
 	return g.Wait()
+}
+
+// defaultMetrics is for the machine itself. Of several key servers on one, the
+// first gets it.
+const defaultMetrics = "127.0.0.1:9696"
+
+// auditOptions says where the audit log and its anchors go.
+func auditOptions(cfg kmsConfig) (o kms.AuditOptions, err error) {
+	o.Dir, o.SegmentSize = cmp.Or(cfg.AuditDir, filepath.Join(cfg.StateDir, "audit")), cfg.AuditSegment<<20
+	if cfg.AuditSegment < 1 || cfg.AuditSegment > 4096 {
+		return o, errors.New("--audit-segment-mib must be 1 to 4096")
+	}
+	for _, text := range cfg.AuditAnchors {
+		sink, err := audit.ParseSink(text)
+		if err != nil {
+			return o, fmt.Errorf("--audit-anchor: %w", err)
+		}
+		o.Sinks = append(o.Sinks, sink)
+	}
+	return o, nil
 }
 
 // kmsCredentials are the server's own, and the files they are in.

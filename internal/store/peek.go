@@ -3,6 +3,8 @@ package store
 import (
 	"context"
 	"fmt"
+	"maps"
+	"slices"
 )
 
 // Sync returns once the cache holds everything that was committed before the
@@ -31,4 +33,19 @@ func (c *Collection[T]) Count(term ...IndexTerm) int {
 		return len(c.rows)
 	}
 	return c.index.postings[c.index.hash(term[0].Kind, term[0].Value)].len()
+}
+
+// Cached returns the records that are not damaged as the cache has them, in no
+// order, without asking etcd.
+func (c *Collection[T]) Cached() []Entry[T] {
+	c.s.cache.mu.RLock()
+	rows := slices.Collect(maps.Values(c.rows))
+	c.s.cache.mu.RUnlock()
+	list := make([]Entry[T], 0, len(rows))
+	for _, r := range rows {
+		if e, err := c.entry(r); err == nil {
+			list = append(list, e)
+		}
+	}
+	return list
 }

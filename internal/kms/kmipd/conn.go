@@ -51,6 +51,7 @@ func (c *conn) serve() {
 	err := stream.HandshakeContext(ctx)
 	cancel()
 	if err != nil {
+		c.s.Watcher.HandshakeFailed()
 		log := c.s.log.Info
 		if errors.Is(err, io.EOF) { // vCenter's health poll connects and says nothing
 			log = c.s.log.Debug

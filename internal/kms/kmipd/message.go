@@ -146,7 +146,9 @@ func onlyMakes(batch []item) bool {
 // after it are not answered.
 func (r *reply) run(c *call, batch []item, onError kmip.BatchErrorContinuationOption) {
 	for _, it := range batch {
+		begun := time.Now()
 		answer := c.do(it)
+		c.answered(begun, &answer)
 		r.message.BatchItem = append(r.message.BatchItem, answer)
 		if answer.ResultStatus == kmip.ResultStatusSuccess {
 			continue

@@ -38,6 +38,7 @@ type Options struct {
 	Credentials *pki.Credentials // the server's certificate; needed
 	Logger      *slog.Logger     // [none]
 	Now         func() time.Time // [time.Now]
+	Watcher     Watcher          // is told what happens [nobody]
 
 	MaxConnections   int           // open at once; more are closed [10000]
 	MaxMessage       int           // bytes of one request [1 MiB]
@@ -58,6 +59,9 @@ func (o *Options) defaults() error {
 	}
 	if o.Now == nil {
 		o.Now = time.Now
+	}
+	if o.Watcher == nil {
+		o.Watcher = nobody{}
 	}
 	number := func(n *int, d int) {
 		if *n <= 0 {
@@ -175,6 +179,7 @@ func (s *server) begin(raw net.Conn, instance string) {
 	defer s.mu.Unlock()
 	if s.draining || len(s.conns) >= s.MaxConnections {
 		raw.Close()
+		s.Watcher.Shed()
 		if now := time.Now(); !s.draining && now.Sub(s.shed) > time.Second {
 			s.shed = now
 			s.log.Warn("kmip: connection closed: too many are open", "from", c.from, "limit", s.MaxConnections)
@@ -182,7 +187,9 @@ func (s *server) begin(raw net.Conn, instance string) {
 		return
 	}
 	s.conns[c] = struct{}{}
+	s.Watcher.Opened()
 	s.done.Go(func() {
+		defer s.Watcher.Closed()
 		c.serve()
 		s.mu.Lock()
 		defer s.mu.Unlock()
