@@ -16,7 +16,7 @@ func (s *Session) DeriveKey(ctx context.Context, t kmip.ObjectType, ids []string
 	if t != kmip.ObjectTypeSymmetricKey && t != kmip.ObjectTypeSecretData {
 		return "", Refuse(kmip.ResultReasonInvalidField, "symmetric keys and secret data are derived, no other objects")
 	}
-	if len(ids) == 0 || len(ids) > 2 {
+	if len(ids) == 0 || len(ids) > 2 || len(ids) == 2 && ids[0] == ids[1] {
 		return "", Refuse(kmip.ResultReasonInvalidField, "a key is derived from one object, and a second one with the derivation data")
 	}
 	var key *secret.Key

@@ -33,8 +33,8 @@ type Derivation struct {
 }
 
 // Bounds on PBKDF2 (NIST SP 800-132 §5.2 asks for 1,000 iterations or more; the
-// upper one keeps a request from holding a processor for minutes).
-const maxIterations = 10_000_000
+// upper one keeps a request from holding a processor for long).
+const maxIterations = 2_000_000
 
 // derive makes n bytes from key, whose algorithm is alg. What it returns is the
 // caller's to clear.

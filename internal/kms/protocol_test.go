@@ -140,6 +140,9 @@ func TestDeriveKey(t *testing.T) {
 	if _, err := s.DeriveKey(ctx, kmip.ObjectTypeSymmetricKey, []string{base}, DeriveHash, d, nil); reason(err) != kmip.ResultReasonInvalidField {
 		t.Errorf("without a length: %v", err)
 	}
+	if _, err := s.DeriveKey(ctx, kmip.ObjectTypeSymmetricKey, []string{base, base}, DeriveHash, d, aes256()); reason(err) != kmip.ResultReasonInvalidField {
+		t.Errorf("of one object twice: %v", err)
+	}
 	if err := s.Revoke(ctx, base, kmip.RevocationReason{RevocationReasonCode: kmip.RevocationReasonCodeUnspecified}, time.Time{}); err != nil {
 		t.Fatal(err)
 	}
@@ -379,5 +382,11 @@ func TestStream(t *testing.T) {
 	f.clock.pass(streamIdle + time.Minute)
 	if _, err := s.Encrypt(ctx, id, next); reason(err) != kmip.ResultReasonInvalidField {
 		t.Errorf("a stream that was left: %v", err)
+	}
+	for i := range maxEach + 1 {
+		_, err := s.Encrypt(ctx, id, CipherRequest{Parameters: &kmip.CryptographicParameters{BlockCipherMode: kmip.BlockCipherModeECB}, Init: true})
+		if want := i == maxEach; (reason(err) == kmip.ResultReasonPermissionDenied) != want {
+			t.Errorf("stream %d: %v", i+1, err)
+		}
 	}
 }

@@ -23,6 +23,7 @@ import (
 
 const (
 	maxStreams  = 256     // of one KMS
+	maxEach     = 16      // of one client
 	streamBytes = 1 << 20 // of one stream
 	streamIdle  = 5 * time.Minute
 )
@@ -52,15 +53,17 @@ func (s *streams) put(correlation []byte, x *stream, now time.Time) bool {
 	if s.open == nil {
 		s.open = map[string]*stream{}
 	}
-	if len(s.open) >= maxStreams {
-		for k, old := range s.open {
-			if now.Sub(old.used) > streamIdle {
-				clear(old.in)
-				delete(s.open, k)
-			}
+	own := 0
+	for k, old := range s.open {
+		switch {
+		case now.Sub(old.used) > streamIdle:
+			clear(old.in)
+			delete(s.open, k)
+		case old.owner == x.owner:
+			own++
 		}
 	}
-	if len(s.open) >= maxStreams {
+	if len(s.open) >= maxStreams || own >= maxEach {
 		return false
 	}
 	x.used = now
@@ -149,7 +152,7 @@ func (s *Session) stream(ctx context.Context, id string, o *object, r CipherRequ
 	}
 	result.Correlation = r.Correlation
 	if !s.k.streams.put(r.Correlation, x, now) {
-		return done(Refuse(kmip.ResultReasonPermissionDenied, "%d streams are under way; end one first", maxStreams))
+		return done(Refuse(kmip.ResultReasonPermissionDenied, "too many streams are under way; a client has at most %d", maxEach))
 	}
 	return result, nil
 }
