@@ -6,5 +6,5 @@ cd "$(dirname "$0")/.."
 go build -trimpath -o bin/mortise ./cmd/mortise
 go test -timeout 10m $(go list ./... | grep -v '^mortise/test/')
 # What runs the built program must not be taken from the test cache.
-go test -count=1 -timeout 15m -p 1 ./test/...
+MORTISE_BINARY=$PWD/bin/mortise go test -count=1 -timeout 15m -p 1 ./test/...
 CGO_ENABLED=1 go test -race -timeout 10m $(cat build/race-packages)
