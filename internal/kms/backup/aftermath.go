@@ -45,10 +45,11 @@ func (a *Aftermath) AddAudit(name string, r io.Reader) error {
 		if probe.Operation == nil && probe.Hash != nil {
 			return nil
 		}
-		var e audit.Entry
-		if err := strictJSON(line, &e); err != nil {
+		var r audit.Record
+		if err := strictJSON(line, &r); err != nil {
 			return err
 		}
+		e := r.Entry
 		if e.Operation == "" || e.Time.IsZero() {
 			return errors.New("it is no entry of an audit log")
 		}
@@ -87,6 +88,17 @@ func (a *Aftermath) note(e audit.Entry) {
 // have a space in their name or begin with a small letter.
 func isObjectOperation(name string) bool {
 	return name != "" && name[0] >= 'A' && name[0] <= 'Z' && !strings.Contains(name, " ")
+}
+
+// takesAway tells an administrator's act that ended something from one that made
+// or changed it.
+func takesAway(operation string) bool {
+	for _, word := range []string{"revoke", "delete", "destroy", "shred", "purge"} {
+		if strings.Contains(operation, word) {
+			return true
+		}
+	}
+	return false
 }
 
 // AddHeld reads a list of key ids that clients hold, a line each: ID or
@@ -143,8 +155,8 @@ func (a *Aftermath) quarantine(s Summary, has func(object) bool) (kms.Quarantine
 		if e.Operation == "Destroy" {
 			gone[o] = true
 		}
-		if !kms.Repeatable(e.Operation) && isObjectOperation(e.Operation) {
-			continue // it made or changed an object: nothing that must be done again
+		if !kms.Repeatable(e.Operation) && !takesAway(e.Operation) {
+			continue // it made or changed something: nothing that must be done again
 		}
 		acts = append(acts, kms.Act{
 			Instance: e.Instance, Operation: e.Operation, Subject: e.Object, Detail: e.Detail, Time: e.Time, By: e.Client, Revision: e.Revision,

@@ -222,7 +222,7 @@ func TestRestore(t *testing.T) {
 	late := old.create(t, "late")
 	now := time.Now().UTC()
 	entry := func(n int64, op, object, detail string) string {
-		return fmt.Sprintf(`{"sequence":1,"time":%q,"member":"kms-1","instance":"default","actor":"certificate","client":"test","operation":%q,"object":%q,"result":"Success","detail":%q,"act":"act-%d","revision":%d}`,
+		return fmt.Sprintf(`{"sequence":1,"time":%q,"member":"kms-1","instance":"default","actor":"certificate","client":"test","operation":%q,"object":%q,"result":"Success","detail":%q,"act":"act-%d","revision":%d,"log":"00112233445566778899aabbccddeeff","hash":"00"}`,
 			now.Format(time.RFC3339Nano), op, object, detail, n, made.Revision+n)
 	}
 	log := strings.Join([]string{
@@ -237,6 +237,8 @@ func TestRestore(t *testing.T) {
 		strings.Replace(entry(7, "Destroy", keep, ""), "Success", "PermissionDenied", 1),
 		entry(8, "Create", "made-and-destroyed", ""),
 		entry(9, "Destroy", "made-and-destroyed", ""),
+		entry(10, "client add", "whoever", ""),
+		entry(11, "crk delete", "0123", ""),
 		`{"v":1,"member":"kms-1","hash":"00","sequence":9}`, // a head
 		"",
 	}, "\n")
@@ -252,7 +254,7 @@ func TestRestore(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	if want := []kms.MissingObject{{Instance: "default", ID: late, From: "audit"}, {Instance: "nowhere", ID: "unknown", From: "list"}}; !slices.Equal(result.Quarantine.Missing, want) || len(result.Acts) != 6 || result.Objects["default"] != 4 {
+	if want := []kms.MissingObject{{Instance: "default", ID: late, From: "audit"}, {Instance: "nowhere", ID: "unknown", From: "list"}}; !slices.Equal(result.Quarantine.Missing, want) || len(result.Acts) != 7 || result.Objects["default"] != 4 {
 		t.Errorf("result: missing %+v, %d acts, objects %v", result.Quarantine.Missing, len(result.Acts), result.Objects)
 	}
 	if _, err := Restore(ctx, o); !errors.Is(err, ErrNotEmpty) {
@@ -269,7 +271,7 @@ func TestRestore(t *testing.T) {
 	}
 	waitForActs(t, fresh)
 	var confirm *kms.Confirmation
-	if err := fresh.Release(ctx, root(), ""); !errors.As(err, &confirm) || confirm.Count != 3 || !strings.Contains(strings.Join(confirm.Lost, "\n"), late) {
+	if err := fresh.Release(ctx, root(), ""); !errors.As(err, &confirm) || confirm.Count != 4 || !strings.Contains(strings.Join(confirm.Lost, "\n"), late) {
 		t.Fatalf("release without confirmation: %v, %+v", err, confirm)
 	}
 	if err := fresh.Release(ctx, root(), strings.Repeat("0", 64)); !errors.As(err, &confirm) {
