@@ -1,6 +1,6 @@
 # make demo    the main job on this machine: an encrypted VM, start to end (KEEP=1 leaves it running)
 # make test    installs what is missing and runs every check and test
-# make bench   speed of ourselves, the peer and the limit, in one run (BENCH=xts|nbd|convert|kms)
+# make bench   speed of ourselves, the peer and the limit, in one run (BENCH=xts|nbd|convert|kms|kms-million)
 # make conformance   the OASIS test cases against a key server (V=1 shows differences, WRITE=1 updates the list)
 # make torture-ha  faults of three key servers under load, for TORTURE=10m
 # make build   bin/mortise, one static binary; and bin/mortise-pkcs11, for hardware tokens,
