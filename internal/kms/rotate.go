@@ -196,6 +196,11 @@ func (k *KMS) runJob(ctx context.Context, term store.Term, instance string) erro
 		}
 		_, err = k.store.Commit(ctx, append(ops, k.jobs.Update(instance, last.Revision, job), term.Guard())...)
 		if errors.Is(err, store.ErrConflict) { // some record has changed meanwhile: the stage again
+			if job.CRK != e.Value.CRK { // made by this stage, and surely not recorded
+				if p, perr := k.provider(job.Provider); perr == nil {
+					_ = p.Destroy(ctx, job.CRK)
+				}
+			}
 			if err := k.store.Sync(ctx); err != nil {
 				return err
 			}
