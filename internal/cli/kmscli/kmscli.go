@@ -39,7 +39,7 @@ const DefaultSocket = "/run/mortise/kms.sock"
 // Add adds the verbs to the command kms.
 func Add(parent *cobra.Command) {
 	parent.AddCommand(clientCommand(), apiKeyCommand(), auditCommand(), backupCommand(), importCommand(), memberCommand(), clockCommand(),
-		crkCommand(), keyCommand(), unlockCommand(), passphraseCommand())
+		crkCommand(), keyCommand(), unlockCommand(), passphraseCommand(), doctorCommand())
 }
 
 // connection is how a verb reaches the key server, and what all verbs share.
