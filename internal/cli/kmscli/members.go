@@ -97,7 +97,7 @@ up and does not vote yet; one that is joining has a certificate and has not star
 
 func memberRemove(g *connection) *cobra.Command {
 	return &cobra.Command{
-		Use:   "remove NAME",
+		Use:   "remove NAME|ID",
 		Short: "Remove a member for good",
 		Long: `Removes a member: it votes no more, its certificate is refused from this moment on,
 and its process ends. Nothing is lost: every member has everything. To come back, the

@@ -298,6 +298,19 @@ func TestLife(t *testing.T) {
 		t.Fatal(err)
 	}
 
+	// A joiner that is lost before it has a name blocks nobody for ever.
+	var lost store.Member
+	if err := retry(ctx, func() (err error) { lost, _, err = a.store.AddLearner(ctx, peerURL(freePort(t))); return err }); err != nil {
+		t.Fatal(err)
+	}
+	listed, err := b.node.Members(ctx)
+	if err != nil || len(listed) != 4 || listed[3].Name != "" || listed[3].ID != store.IDString(lost.ID) {
+		t.Errorf("with a lost joiner: %+v, %v", listed, err)
+	}
+	if err := b.node.Remove(ctx, store.IDString(lost.ID)); err != nil {
+		t.Errorf("removing a lost joiner: %v", err)
+	}
+
 	// c is replaced by another machine of the same name.
 	stale := c.node.creds
 	removing, cancel := context.WithTimeout(ctx, 30*time.Second)

@@ -6,6 +6,8 @@ import (
 	"errors"
 	"fmt"
 	"slices"
+	"strconv"
+	"strings"
 	"time"
 
 	"mortise/internal/kms"
@@ -113,6 +115,12 @@ func (n *Node) Members(ctx context.Context) ([]Member, error) {
 		}
 		list = append(list, m)
 	}
+	// A joiner that was lost between etcd's list and this one has no name.
+	for _, x := range raft {
+		if !slices.ContainsFunc(entries, func(e store.Entry[memberRecord]) bool { return e.Value.ID == x.ID }) {
+			list = append(list, Member{ID: store.IDString(x.ID), Address: strings.TrimPrefix(x.URL, "https://"), Status: "joining", Self: x.Self})
+		}
+	}
 	return list, nil
 }
 
@@ -169,7 +177,8 @@ func (n *Node) Invite(ctx context.Context, name string, life time.Duration) (Tok
 }
 
 // Remove ends a member's part in the cluster: it votes no more, its certificate
-// is refused, tokens for its name are void.
+// is refused, tokens for its name are void. One without a name is removed by its
+// id.
 func (n *Node) Remove(ctx context.Context, name string) error {
 	st, err := n.attached()
 	if err != nil {
@@ -177,13 +186,16 @@ func (n *Node) Remove(ctx context.Context, name string) error {
 	}
 	e, err := st.members.Get(ctx, name)
 	if errors.Is(err, store.ErrNotFound) {
+		if id, nameless := n.nameless(ctx, name); nameless {
+			return retry(ctx, func() error { return n.store.RemoveMember(ctx, id) })
+		}
 		return fmt.Errorf("cluster: %w: %q; see: mortise kms member ls", ErrUnknownMember, short(name))
 	}
 	if err != nil {
 		return fmt.Errorf("cluster: %w", err)
 	}
-	// The record goes first: whatever happens then, nobody lets it in again. It
-	// can be removed again until etcd's list has lost it too.
+	// The record goes last: as long as it is there, a removal that was interrupted
+	// can be repeated by name.
 	err = retry(ctx, func() error {
 		err := n.store.RemoveMember(ctx, e.Value.ID)
 		if errors.Is(err, store.ErrUnknownMember) {
@@ -209,6 +221,21 @@ func (n *Node) Remove(ctx context.Context, name string) error {
 	}
 	n.log.Info("member removed", "member", name, "id", store.IDString(e.Value.ID))
 	return nil
+}
+
+// nameless finds a member that only etcd's list has, by its id in hexadecimal.
+func (n *Node) nameless(ctx context.Context, id string) (uint64, bool) {
+	list, err := n.Members(ctx)
+	if err != nil {
+		return 0, false
+	}
+	for _, m := range list {
+		if m.Name == "" && m.ID == id {
+			number, err := strconv.ParseUint(id, 16, 64)
+			return number, err == nil
+		}
+	}
+	return 0, false
 }
 
 // Promote lets a learner vote as soon as it has caught up. New members do it by
