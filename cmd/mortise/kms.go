@@ -265,6 +265,9 @@ func serveKMS(ctx context.Context, cfg kmsConfig, isDev bool) error {
 		if err != nil {
 			return fmt.Errorf("--listen: %w", err)
 		}
+		if err := k.Publish(ctx, node.Name, hostForClients(cfg.Listen), l.Addr(), pki.Thumbprint(creds.Leaf())); err != nil {
+			log.Warn("instances will not show this member's endpoint", "error", err)
+		}
 		log.Info("kms is ready", "kmip", l.Addr().String(), "admin", cfg.AdminListen, "thumbprint", pki.Thumbprint(creds.Leaf()), "admin_socket", cfg.AdminSocket)
 		if _, err := daemon.SdNotify(false, daemon.SdNotifyReady); err != nil {
 			log.Warn("systemd could not be told that the server is ready", "error", err)
@@ -292,6 +295,19 @@ func auditOptions(cfg kmsConfig) (o kms.AuditOptions, err error) {
 		o.Sinks = append(o.Sinks, sink)
 	}
 	return o, nil
+}
+
+// hostForClients is by what name clients reach this machine, as far as it can
+// know: the address that it listens at, or its own name.
+func hostForClients(listen string) string {
+	host, _, err := net.SplitHostPort(listen)
+	if ip := net.ParseIP(host); err == nil && host != "" && (ip == nil || !ip.IsUnspecified()) {
+		return host
+	}
+	if name, err := os.Hostname(); err == nil {
+		return name
+	}
+	return "localhost"
 }
 
 // kmsCredentials are the server's own, and the files they are in.

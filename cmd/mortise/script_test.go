@@ -11,6 +11,8 @@ import (
 	"time"
 
 	"github.com/rogpeppe/go-internal/testscript"
+
+	"mortise/internal/kms/admin"
 )
 
 func TestMain(m *testing.M) {
@@ -64,6 +66,17 @@ func TestScripts(t *testing.T) {
 					time.Sleep(100 * time.Millisecond)
 				}
 				ts.Fatalf("nothing listens on port %s", args[0])
+			},
+			// waitkms SOCKET waits until the key server behind it is unlocked.
+			"waitkms": func(ts *testscript.TestScript, _ bool, args []string) {
+				for range 300 {
+					list, err := admin.DialSocket(ts.MkAbs(args[0])).Instances(context.Background())
+					if err == nil && len(list) > 0 && len(list[0].Endpoints) > 0 {
+						return
+					}
+					time.Sleep(100 * time.Millisecond)
+				}
+				ts.Fatalf("the key server is not unlocked")
 			},
 			"chmod600": func(ts *testscript.TestScript, _ bool, args []string) {
 				ts.Check(os.Chmod(ts.MkAbs(args[0]), 0o600))

@@ -169,6 +169,7 @@ func (k *KMS) Unlock(ctx context.Context, providers ...RootKeys) error {
 	k.done.Go(func() { k.sweepForever(k.run) })
 	k.done.Go(func() { k.followKeys(k.run) })
 	k.done.Go(func() { k.runJobs(k.run) })
+	k.done.Go(func() { k.warnForever(k.run) })
 	return nil
 }
 

@@ -25,7 +25,7 @@ be self-signed. Adding and revoking takes effect at once, on open connections to
 
 `+roleHelp, `  mortise kms client add center.pem --name center
   mortise kms client ls`,
-		clientAdd(&g, &instance), clientList(&g, &instance), clientRevoke(&g, &instance))
+		clientAdd(&g, &instance), clientIssue(&g, &instance), clientList(&g, &instance), clientRenew(&g, &instance), clientRevoke(&g, &instance))
 	instanceFlag(cmd, &instance)
 	return cmd
 }

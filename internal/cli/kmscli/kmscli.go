@@ -38,7 +38,7 @@ const DefaultSocket = "/run/mortise/kms.sock"
 
 // Add adds the verbs to the command kms.
 func Add(parent *cobra.Command) {
-	parent.AddCommand(clientCommand(), apiKeyCommand(), auditCommand(), backupCommand(), importCommand(), memberCommand(), clockCommand(),
+	parent.AddCommand(instanceCommand(), clientCommand(), apiKeyCommand(), auditCommand(), backupCommand(), importCommand(), memberCommand(), clockCommand(),
 		crkCommand(), keyCommand(), unlockCommand(), passphraseCommand(), doctorCommand())
 }
 
