@@ -258,7 +258,7 @@ func serveKMS(ctx context.Context, cfg kmsConfig, isDev bool) error {
 		if err := roots.unlock(ctx, k, node); err != nil {
 			return err
 		}
-		if err := k.AwaitRelease(ctx); err != nil {
+		if err := awaitRelease(ctx, k, log); err != nil {
 			return err
 		}
 		l, err := net.Listen("tcp", cfg.Listen) // not before: a locked server serves nobody

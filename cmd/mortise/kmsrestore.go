@@ -1,10 +1,15 @@
 package main
 
 import (
+	"context"
 	"fmt"
+	"log/slog"
 	"os"
 
+	"github.com/coreos/go-systemd/v22/daemon"
+
 	"mortise/internal/cli/kmscli"
+	"mortise/internal/kms"
 	"mortise/internal/kms/backup"
 	"mortise/internal/kms/cluster"
 	"mortise/internal/rootkey"
@@ -23,6 +28,18 @@ func kmsRestorer() kmscli.Restorer {
 			return rootkey.CreateKeyring(path, rootkey.Passphrase(p, 0))
 		},
 	}
+}
+
+// awaitRelease returns when the KMS is not quarantined. A quarantined one is as
+// ready as it gets, and systemd must not give up on it.
+func awaitRelease(ctx context.Context, k *kms.KMS, log *slog.Logger) error {
+	if q, err := k.Quarantined(ctx); err == nil {
+		log.Warn("kms is quarantined after a restore: KMIP stays closed until mortise kms restore release", "backup", q.Backup)
+		if _, err := daemon.SdNotify(false, daemon.SdNotifyReady); err != nil {
+			log.Warn("systemd could not be told that the server is ready", "error", err)
+		}
+	}
+	return k.AwaitRelease(ctx)
 }
 
 const (
