@@ -18,6 +18,7 @@ from cryptography.hazmat.primitives.kdf.pbkdf2 import PBKDF2HMAC
 from kmip.core import attributes as cattributes
 from kmip.core import enums, objects
 from kmip.core import exceptions as cexceptions
+from kmip.core.attributes import DerivationParameters
 from kmip.core.factories.attributes import AttributeFactory
 from kmip.pie import client as pie
 from kmip.pie import exceptions, objects as pobjects
@@ -182,8 +183,8 @@ def get_attributes():
 
 def get_all_attributes():
     # The client cannot read a Digest of KMIP 1.0, which has no Key Format Type,
-    # nor attributes of 1.3 and 1.4.
-    names = set(c.get_attribute_list(ids["made"])) - {"Random Number Generator", "Sensitive", "Always Sensitive", "Extractable", "Never Extractable"}
+    # nor some attributes of 1.2 to 1.4.
+    names = set(c.get_attribute_list(ids["made"])) - {"Original Creation Date", "Random Number Generator", "Sensitive", "Always Sensitive", "Extractable", "Never Extractable"}
     if version == "1.0":
         names -= {"Digest"}
     _, got = c.get_attributes(ids["made"], sorted(names))
@@ -269,15 +270,36 @@ def rekey():
         and c.locate(attributes=[attribute(E.AttributeType.NAME, name + "-known")]) == [ids["next"]]
 
 
+def derive(ids, method, parameters):
+    # The upper client has no way to give a Cryptographic Usage Mask, which a key
+    # must have (KMIP 1.4 section 3.19); the lower one has.
+    p = DerivationParameters(cryptographic_parameters=c._build_cryptographic_parameters(parameters.pop("cryptographic_parameters")), **parameters)
+    t = objects.TemplateAttribute(attributes=[
+        attribute(E.AttributeType.CRYPTOGRAPHIC_LENGTH, 256), attribute(E.AttributeType.CRYPTOGRAPHIC_ALGORITHM, AES),
+        attribute(E.AttributeType.CRYPTOGRAPHIC_USAGE_MASK, BOTH)])
+    got = c.proxy.derive_key(E.ObjectType.SYMMETRIC_KEY, ids, method, p, t)
+    if got["result_status"] != E.ResultStatus.SUCCESS:
+        raise exceptions.KmipOperationFailure(got["result_status"], got["result_reason"], got["result_message"])
+    return got["unique_identifier"]
+
+
+def derive_upper():
+    # Without a mask there is a reason, and nothing is made.
+    return refusal(c.derive_key, E.ObjectType.SYMMETRIC_KEY, [ids["known"]], E.DerivationMethod.HMAC, {
+        "cryptographic_parameters": {"hashing_algorithm": E.HashingAlgorithm.SHA_256}, "derivation_data": b"derive me"},
+        cryptographic_length=256, cryptographic_algorithm=AES) == E.ResultReason.INVALID_FIELD
+
+
 def derive_hmac():
     parameters = {"cryptographic_parameters": {"hashing_algorithm": E.HashingAlgorithm.SHA_256}, "derivation_data": b"derive me"}
-    uid = c.derive_key(E.ObjectType.SYMMETRIC_KEY, [ids["known"]], E.DerivationMethod.HMAC, parameters, cryptographic_length=256, cryptographic_algorithm=AES)
+    uid = derive([ids["known"]], E.DerivationMethod.HMAC, parameters)
     return c.get(uid).value == hmac.new(bytes(32), b"derive me", hashlib.sha256).digest()
 
 
 def derive_pbkdf2():
     parameters = {"cryptographic_parameters": {"hashing_algorithm": E.HashingAlgorithm.SHA_256}, "salt": b"salt", "iteration_count": 4096}
-    uid = c.derive_key(E.ObjectType.SYMMETRIC_KEY, [ids["word"]], E.DerivationMethod.PBKDF2, parameters, cryptographic_length=256, cryptographic_algorithm=AES)
+    c.activate(ids["word"])
+    uid = derive([ids["word"]], E.DerivationMethod.PBKDF2, parameters)
     want = PBKDF2HMAC(algorithm=hashes.SHA256(), length=32, salt=b"salt", iterations=4096, backend=default_backend()).derive(b"secret word")
     return c.get(uid).value == want
 
@@ -285,12 +307,13 @@ def derive_pbkdf2():
 def derive_encrypt():
     parameters = {"cryptographic_parameters": {"block_cipher_mode": E.BlockCipherMode.CBC, "padding_method": E.PaddingMethod.NONE, "cryptographic_algorithm": AES},
                   "initialization_vector": IV, "derivation_data": DATA[:32]}
-    uid = c.derive_key(E.ObjectType.SYMMETRIC_KEY, [ids["known"]], E.DerivationMethod.ENCRYPT, parameters, cryptographic_length=256, cryptographic_algorithm=AES)
+    uid = derive([ids["known"]], E.DerivationMethod.ENCRYPT, parameters)
     e = Cipher(algorithms.AES(bytes(32)), modes.CBC(IV), default_backend()).encryptor()
     return c.get(uid).value == e.update(DATA[:32]) + e.finalize()
 
 
 use("rekey", rekey)
+use("derive_key: no mask", derive_upper)
 use("derive_key: HMAC", derive_hmac)
 use("derive_key: PBKDF2", derive_pbkdf2)
 use("derive_key: encryption", derive_encrypt)

@@ -41,7 +41,7 @@ var table = []row{
 	{"locate: at most two", ""}, {"locate: with an offset", ""}, {"locate: archived", ""},
 	{"check", ""}, {"check: another use", ""},
 	{"modify_attribute", ""}, {"modify_attribute: State", ""}, {"delete_attribute", ""}, {"delete_attribute: State", ""},
-	{"rekey", ""}, {"derive_key: HMAC", ""}, {"derive_key: PBKDF2", ""}, {"derive_key: encryption", ""},
+	{"rekey", ""}, {"derive_key: no mask", ""}, {"derive_key: HMAC", ""}, {"derive_key: PBKDF2", ""}, {"derive_key: encryption", ""},
 	{"encrypt, decrypt: ECB", "1.2"}, {"encrypt, decrypt: CBC", "1.2"}, {"encrypt, decrypt: CTR", "1.2"}, {"encrypt, decrypt: padded", "1.2"},
 	{"mac", "1.2"}, {"sign", never}, {"signature_verify", never},
 	{"activate", ""}, {"activate: again", ""}, {"revoke", ""}, {"revoke: compromised", ""}, {"destroy", ""}, {"destroy: while active", ""},
