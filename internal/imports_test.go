@@ -36,7 +36,7 @@ var allowed = map[string][]string{
 	"task":              {"inventory", "event"},
 	"event":             {"inventory"},
 	"host":              {"vmx"},
-	"kms/admin":         {"kms/backup", "kms/cluster"},
+	"kms/admin":         {"kms/backup", "kms/cluster", "kms/migrate"},
 }
 
 // forbidden is what a package must not reach even through others: the data
