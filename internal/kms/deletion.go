@@ -66,6 +66,9 @@ func (k *KMS) DeleteInstance(ctx context.Context, by Actor, id, hash string) err
 		return fmt.Errorf("kms: deleting instance %s: %w", id, err)
 	}
 	k.log.Warn("kms: instance deleted", "instance", id, "objects", len(lost), "by", by.Name)
+	if err := k.store.Sync(ctx); err != nil { // the cache must have seen it
+		return fmt.Errorf("kms: deleting instance %s: %w", id, err)
+	}
 	if err := k.reconcile(ctx, id); err != nil {
 		return err
 	}
