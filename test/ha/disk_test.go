@@ -24,6 +24,7 @@ func mount(t *testing.T, real, path string) *disk {
 	t.Helper()
 	d := &disk{}
 	root := &fs.LoopbackRoot{Path: real}
+	//lint:ignore SA1019 WrapChild wraps the loopback's node; this one embeds it
 	root.NewNode = func(_ *fs.LoopbackRoot, _ *fs.Inode, _ string, _ *syscall.Stat_t) fs.InodeEmbedder {
 		return &diskNode{LoopbackNode: fs.LoopbackNode{RootData: root}, d: d}
 	}

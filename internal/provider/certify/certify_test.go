@@ -383,28 +383,28 @@ func TestBroken(t *testing.T) {
 	var mu sync.Mutex
 	gets := byte(0)
 	for name, c := range map[string]struct {
-		fake
+		*fake
 		verdict Result
 		step    string // one that tells
 	}{
-		"no state":          {fake{reply: when(stateOnly, kmip.ResultReasonItemNotFound)}, Fails, "fetch the key for a host: Get and state"},
-		"missing x- denied": {fake{reply: when(custom, kmip.ResultReasonItemNotFound)}, Deviates, "tag a VM's key: look for tags that it lacks"},
-		"no AddAttribute":   {fake{reply: when(is(kmip.OperationAddAttribute), kmip.ResultReasonOperationNotSupported)}, Deviates, "tag a VM's key: three AddAttribute in a message"},
-		"no Create":         {fake{reply: when(is(kmip.OperationCreate), kmip.ResultReasonPermissionDenied)}, Fails, "create a VM's key"},
-		"no Query":          {fake{reply: when(is(kmip.OperationQuery), kmip.ResultReasonOperationNotSupported)}, Deviates, "register the provider: Query"},
-		"no Activate":       {fake{reply: when(is(kmip.OperationActivate), kmip.ResultReasonPermissionDenied)}, Fails, "fetch the key for a host: activate"},
-		"no Destroy":        {fake{reply: when(is(kmip.OperationDestroy), kmip.ResultReasonPermissionDenied)}, Deviates, "destroy the test keys"},
-		"no 1.1": {fake{reply: func(p kmip.OperationPayload, out *kmip.ResponseBatchItem) {
+		"no state":          {&fake{reply: when(stateOnly, kmip.ResultReasonItemNotFound)}, Fails, "fetch the key for a host: Get and state"},
+		"missing x- denied": {&fake{reply: when(custom, kmip.ResultReasonItemNotFound)}, Deviates, "tag a VM's key: look for tags that it lacks"},
+		"no AddAttribute":   {&fake{reply: when(is(kmip.OperationAddAttribute), kmip.ResultReasonOperationNotSupported)}, Deviates, "tag a VM's key: three AddAttribute in a message"},
+		"no Create":         {&fake{reply: when(is(kmip.OperationCreate), kmip.ResultReasonPermissionDenied)}, Fails, "create a VM's key"},
+		"no Query":          {&fake{reply: when(is(kmip.OperationQuery), kmip.ResultReasonOperationNotSupported)}, Deviates, "register the provider: Query"},
+		"no Activate":       {&fake{reply: when(is(kmip.OperationActivate), kmip.ResultReasonPermissionDenied)}, Fails, "fetch the key for a host: activate"},
+		"no Destroy":        {&fake{reply: when(is(kmip.OperationDestroy), kmip.ResultReasonPermissionDenied)}, Deviates, "destroy the test keys"},
+		"no 1.1": {&fake{reply: func(p kmip.OperationPayload, out *kmip.ResponseBatchItem) {
 			if d, ok := out.ResponsePayload.(*payloads.DiscoverVersionsResponsePayload); ok {
 				d.ProtocolVersion = []kmip.ProtocolVersion{kmip.V1_4}
 			}
 		}}, Fails, "health poll: DiscoverVersions twice on a connection"},
-		"lowest version first": {fake{reply: func(p kmip.OperationPayload, out *kmip.ResponseBatchItem) {
+		"lowest version first": {&fake{reply: func(p kmip.OperationPayload, out *kmip.ResponseBatchItem) {
 			if d, ok := out.ResponsePayload.(*payloads.DiscoverVersionsResponsePayload); ok {
 				slices.Reverse(d.ProtocolVersion)
 			}
 		}}, Deviates, "health poll: DiscoverVersions twice on a connection"},
-		"another key each time": {fake{reply: func(p kmip.OperationPayload, out *kmip.ResponseBatchItem) {
+		"another key each time": {&fake{reply: func(p kmip.OperationPayload, out *kmip.ResponseBatchItem) {
 			if g, ok := out.ResponsePayload.(*payloads.GetResponsePayload); ok {
 				mu.Lock()
 				defer mu.Unlock()
@@ -412,28 +412,28 @@ func TestBroken(t *testing.T) {
 				(*g.Object.(*kmip.SymmetricKey).KeyBlock.KeyValue.Plain.KeyMaterial.Bytes)[0] = gets
 			}
 		}}, Fails, "the same key twice"},
-		"short key": {fake{reply: func(p kmip.OperationPayload, out *kmip.ResponseBatchItem) {
+		"short key": {&fake{reply: func(p kmip.OperationPayload, out *kmip.ResponseBatchItem) {
 			if g, ok := out.ResponsePayload.(*payloads.GetResponsePayload); ok {
 				b := g.Object.(*kmip.SymmetricKey).KeyBlock.KeyValue.Plain.KeyMaterial.Bytes
 				*b = (*b)[:16]
 			}
 		}}, Fails, "fetch the key for a host: Get and state"},
-		"Locate ignores names": {fake{reply: func(p kmip.OperationPayload, out *kmip.ResponseBatchItem) {
+		"Locate ignores names": {&fake{reply: func(p kmip.OperationPayload, out *kmip.ResponseBatchItem) {
 			if l, ok := out.ResponsePayload.(*payloads.LocateResponsePayload); ok {
 				l.UniqueIdentifier = []string{"key-1", "key-2", "key-3"}
 			}
 		}}, Deviates, "Locate by Name"},
-		"items called otherwise": {fake{reply: func(_ kmip.OperationPayload, out *kmip.ResponseBatchItem) { out.UniqueBatchItemID = []byte("1") }}, Deviates, "tag a VM's key: three AddAttribute in a message"},
-		"destroyed keys served": {fake{reply: func(p kmip.OperationPayload, out *kmip.ResponseBatchItem) {
+		"items called otherwise": {&fake{reply: func(_ kmip.OperationPayload, out *kmip.ResponseBatchItem) { out.UniqueBatchItemID = []byte("1") }}, Deviates, "tag a VM's key: three AddAttribute in a message"},
+		"destroyed keys served": {&fake{reply: func(p kmip.OperationPayload, out *kmip.ResponseBatchItem) {
 			if g, ok := p.(*payloads.GetRequestPayload); ok && out.ResultStatus != kmip.ResultStatusSuccess {
 				f := &fake{keys: map[string]*fakeKey{g.UniqueIdentifier: {}}}
 				*out = kmip.ResponseBatchItem{Operation: out.Operation}
 				f.answer(p, out)
 			}
 		}}, Fails, "Destroy"},
-		"garbage":    {fake{raw: func(c net.Conn) bool { c.Write([]byte("HTTP/1.1 400 Bad Request\r\n\r\n")); return false }}, Fails, "health poll: DiscoverVersions twice on a connection"},
-		"not a word": {fake{raw: func(net.Conn) bool { return false }}, Fails, "client certificate"},
-		"a crasher": {fake{raw: func(c net.Conn) bool {
+		"garbage":    {&fake{raw: func(c net.Conn) bool { c.Write([]byte("HTTP/1.1 400 Bad Request\r\n\r\n")); return false }}, Fails, "health poll: DiscoverVersions twice on a connection"},
+		"not a word": {&fake{raw: func(net.Conn) bool { return false }}, Fails, "client certificate"},
+		"a crasher": {&fake{raw: func(c net.Conn) bool {
 			c.Write([]byte("\x42\x00\x7b\x01\x00\x00\x00\x08\x42\x00\x78\x01\x00\x00\x00\x00"))
 			return true
 		}}, Fails, "health poll: DiscoverVersions twice on a connection"},
