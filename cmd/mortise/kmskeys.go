@@ -273,6 +273,8 @@ func asInvalid(err error) error {
 // peer what is missing there (S6). It tries until it has them, or ctx ends.
 func (r *rootKeys) unlock(ctx context.Context, k *kms.KMS, n *cluster.Node) error {
 	for said := false; ; {
+		// Asked first: what is opened during an attempt is for the next one.
+		locked := slices.ContainsFunc(r.providers(), func(p kms.Sharer) bool { return !r.isOpen(p.Kind()) })
 		err := r.tryUnlock(ctx, k, n)
 		if err == nil {
 			var keys []kms.RootKeys
@@ -282,7 +284,6 @@ func (r *rootKeys) unlock(ctx context.Context, k *kms.KMS, n *cluster.Node) erro
 			n.Unlocked(keys...)
 			return nil
 		}
-		locked := slices.ContainsFunc(r.providers(), func(p kms.Sharer) bool { return !r.isOpen(p.Kind()) })
 		if list, lerr := n.Members(ctx); !locked && lerr == nil && len(list) == 1 {
 			return err // nobody else has what is missing
 		}
