@@ -16,6 +16,8 @@ import (
 	"sync/atomic"
 	"syscall"
 	"time"
+
+	"mortise/internal/atomicfile"
 )
 
 // A role is one process of the machine.
@@ -154,7 +156,7 @@ func (r *roles) runOnce(c *child, args []string) error {
 	ending := r.ending
 	r.mu.Unlock()
 	// The process ids are for people and tests that kill one.
-	_ = os.WriteFile(filepath.Join(filepath.Dir(c.log), c.name+".pid"), fmt.Appendln(nil, cmd.Process.Pid), 0o644)
+	_ = atomicfile.Write(filepath.Join(filepath.Dir(c.log), c.name+".pid"), fmt.Appendln(nil, cmd.Process.Pid), 0o644)
 	if ending {
 		_ = cmd.Process.Signal(syscall.SIGTERM)
 	}
