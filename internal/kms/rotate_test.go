@@ -520,7 +520,9 @@ func TestKilled(t *testing.T) {
 				}
 				if kill == 0 { // to count the steps
 					k.finish()
-					steps = names
+					mu.Lock()
+					steps = slices.Clone(names)
+					mu.Unlock()
 					t.Logf("steps: %v", steps)
 				} else {
 					select {
