@@ -326,10 +326,13 @@ func (x *torture) run(crashes int) error {
 	return x.live()
 }
 
-var seeds = flag.Uint64("seeds", 300, "how many disks TestPowerCut tortures")
+var seeds = flag.Uint64("seeds", 300, "how many disks TestPowerCut tortures; a tenth of them with -short")
 
 func TestPowerCut(t *testing.T) {
 	w := newWorld(t)
+	if testing.Short() {
+		*seeds /= 10
+	}
 	for seed := range *seeds {
 		x := newTorture(t, w, seed)
 		if err := x.run(6); err != nil {
