@@ -33,6 +33,10 @@ type Peers struct {
 	// member joins them; nil makes a new cluster. It counts at the first start
 	// only: afterwards the folder knows its cluster.
 	Join map[string]string
+	// Removed asks the other members, by name and URL, whether they have removed
+	// this one. It is asked while the store waits for a majority: a member that
+	// went before its own log had its removal would wait for ever. Nil: not asked.
+	Removed func(ctx context.Context, others map[string]string) bool
 }
 
 // PeerHost is the DNS name in every peer certificate. Members are found by

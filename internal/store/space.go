@@ -4,6 +4,8 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"os"
+	"path/filepath"
 	"slices"
 	"time"
 
@@ -30,6 +32,11 @@ const (
 	// process when a write of its own finds no space, and the next piece of its
 	// log takes 64 MB: refusing in time keeps reads going.
 	diskReserve = 96 << 20
+	// databaseAhead is how much of the disk the database file holds beyond its
+	// end, in bytes: etcd commits what was admitted up to freeFor ago, and what it
+	// keeps for itself, when others have taken the rest. The file grows in steps of
+	// no more than 16 MiB.
+	databaseAhead = 24 << 20
 	// freeFor is how old what Commit knows of the free space may be.
 	freeFor = 100 * time.Millisecond
 	// tendEvery is how often all this is looked at.
@@ -73,11 +80,49 @@ func (s *Store) room() error {
 		}
 		free = fsys.Bavail * uint64(fsys.Bsize)
 		s.free.Store(free)
+		if err := s.holdSpace(); err != nil {
+			return err
+		}
 	}
 	if free < diskReserve {
 		return fmt.Errorf("%w: the disk of %s has %d MB free and needs %d: make room on it", ErrFull, s.dir, free>>20, diskReserve>>20)
 	}
 	return nil
+}
+
+// holdSpace gives the database file disk space for all of its pages, and for
+// databaseAhead more. bbolt extends the file without it, so a write into its
+// middle could find the disk full, and etcd ends the process then.
+func (s *Store) holdSpace() error {
+	path := filepath.Join(s.dir, "etcd", "member", "snap", "db")
+	var st unix.Stat_t
+	if err := unix.Stat(path, &st); err != nil {
+		return fmt.Errorf("reading the size of %s: %w", path, err)
+	}
+	is := fileSize{st.Ino, st.Size}
+	if was := s.held.Load(); was != nil && *was == is {
+		return nil
+	}
+	f, err := os.OpenFile(path, os.O_RDWR, 0)
+	if err != nil {
+		return fmt.Errorf("reserving disk space: %w", err)
+	}
+	defer f.Close()
+	err = unix.Fallocate(int(f.Fd()), unix.FALLOC_FL_KEEP_SIZE, 0, st.Size+databaseAhead)
+	if err == unix.ENOSPC {
+		return fmt.Errorf("%w: %s cannot have disk space for what it holds: make room on its disk", ErrFull, path)
+	}
+	if err != nil && err != unix.EOPNOTSUPP {
+		return fmt.Errorf("reserving disk space for %s: %w", path, err)
+	}
+	s.held.Store(&is)
+	return nil
+}
+
+// fileSize says which file was how long.
+type fileSize struct {
+	inode uint64
+	size  int64
 }
 
 func isNoSpace(a *etcdserverpb.AlarmMember) bool { return a.Alarm == etcdserverpb.AlarmType_NOSPACE }

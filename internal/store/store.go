@@ -91,8 +91,9 @@ type Store struct {
 	tendEvery  time.Duration
 	defragSize int64
 
-	looked atomic.Int64  // when free was read, in nanoseconds; 0 at first
-	free   atomic.Uint64 // bytes on the disk
+	looked atomic.Int64             // when free was read, in nanoseconds; 0 at first
+	free   atomic.Uint64            // bytes on the disk
+	held   atomic.Pointer[fileSize] // the database file that has its disk space
 
 	closing context.Context    // ends when Close begins
 	stop    context.CancelFunc // ends closing and the goroutines counted by done
@@ -167,9 +168,9 @@ func (s *Store) start(ctx context.Context, cfg Config) error {
 // awaitReady returns when this member is part of a cluster that has a leader. A
 // cold start of several waits here until a majority is up.
 func (s *Store) awaitReady(ctx context.Context) error {
-	tick := time.NewTicker(10 * time.Second)
+	tick := time.NewTicker(2 * time.Second)
 	defer tick.Stop()
-	for {
+	for n := 1; ; {
 		select {
 		case <-s.etcd.Server.ReadyNotify():
 			return nil
@@ -178,11 +179,27 @@ func (s *Store) awaitReady(ctx context.Context) error {
 		case <-s.etcd.Server.StopNotify():
 			return ErrRemoved
 		case <-tick.C:
-			s.log.Warn("store is waiting for a majority of its cluster's members")
+			if s.peers != nil && s.peers.Removed != nil && s.peers.Removed(ctx, s.others()) {
+				return ErrRemoved
+			}
+			if n++; n%5 == 0 {
+				s.log.Warn("store is waiting for a majority of its cluster's members")
+			}
 		case <-ctx.Done():
 			return ctx.Err()
 		}
 	}
+}
+
+// others returns the URLs of the other members that this one's log knows.
+func (s *Store) others() map[string]string {
+	at := map[string]string{}
+	for _, m := range s.etcd.Server.Cluster().Members() {
+		if m.ID != s.etcd.Server.MemberID() && m.Name != "" && len(m.PeerURLs) > 0 {
+			at[m.Name] = m.PeerURLs[0]
+		}
+	}
+	return at
 }
 
 // startEtcd turns etcd's way of giving up on damaged files, a panic, into an

@@ -11,6 +11,7 @@ import (
 	"io"
 	"net"
 	"net/http"
+	"net/url"
 	"time"
 
 	"mortise/internal/kms"
@@ -169,6 +170,33 @@ func (n *Node) compareClocks() {
 	}
 }
 
+// farewell tells a caller whose certificate is of this cluster that it is no
+// member, and nothing else.
+func farewell() http.Handler {
+	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) { reply(w, nil, store.ErrRemoved) })
+}
+
+// removed asks the others whether they have removed this member: most must say
+// so and none deny it, for one alone may lag behind and not know a member that
+// has just joined.
+func (n *Node) removed(ctx context.Context, others map[string]string) bool {
+	said := 0
+	for name, at := range others {
+		u, err := url.Parse(at)
+		if err != nil {
+			continue
+		}
+		_, err = n.call(ctx, name, u.Host, http.MethodGet, "/v1/status", nil)
+		switch {
+		case errors.Is(err, store.ErrRemoved):
+			said++
+		case err == nil:
+			return false
+		}
+	}
+	return said > len(others)/2
+}
+
 // call asks one member.
 func (n *Node) call(ctx context.Context, name, address, method, path string, body []byte) ([]byte, error) {
 	ctx, cancel := context.WithTimeout(ctx, 10*time.Second)
@@ -235,6 +263,8 @@ func reply(w http.ResponseWriter, v any, err error) {
 		code = http.StatusForbidden
 	case errors.Is(err, ErrMemberExists), errors.Is(err, store.ErrMemberExists), errors.Is(err, store.ErrOneAtATime):
 		code = http.StatusConflict
+	case errors.Is(err, store.ErrRemoved):
+		code = http.StatusGone
 	case errors.Is(err, ErrLocked), errors.Is(err, store.ErrUnavailable), errors.Is(err, store.ErrUnhealthy):
 		code = http.StatusServiceUnavailable
 	default:
@@ -257,8 +287,11 @@ func refusal(code int, text []byte) error {
 	if json.Unmarshal(text, &e) != nil || e.Error == "" {
 		e.Error = http.StatusText(code)
 	}
-	if code == http.StatusServiceUnavailable {
+	switch code {
+	case http.StatusServiceUnavailable:
 		return fmt.Errorf("%w: %s", store.ErrUnavailable, e.Error)
+	case http.StatusGone:
+		return store.ErrRemoved
 	}
 	return errors.New(e.Error)
 }

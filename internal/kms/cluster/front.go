@@ -27,12 +27,10 @@ const (
 
 // front is the peers' port.
 type front struct {
-	n     *Node
-	calls *http.Server
-	joins *http.Server
-	toCalls,
-	toJoins *queue
-	slots chan struct{}
+	n                             *Node
+	calls, joins, farewells       *http.Server
+	toCalls, toJoins, toFarewells *queue
+	slots                         chan struct{}
 
 	mu       sync.Mutex
 	listener net.Listener
@@ -43,7 +41,7 @@ type front struct {
 }
 
 func newFront(n *Node) *front {
-	f := &front{n: n, conns: map[net.Conn]string{}, slots: make(chan struct{}, maxPeerConns), toCalls: newQueue(), toJoins: newQueue()}
+	f := &front{n: n, conns: map[net.Conn]string{}, slots: make(chan struct{}, maxPeerConns), toCalls: newQueue(), toJoins: newQueue(), toFarewells: newQueue()}
 	f.run, f.stop = context.WithCancel(context.Background())
 	server := func(h http.Handler, q *queue) *http.Server {
 		s := &http.Server{Handler: h, ReadTimeout: 20 * time.Second, WriteTimeout: 60 * time.Second, IdleTimeout: time.Minute,
@@ -53,20 +51,26 @@ func newFront(n *Node) *front {
 	}
 	f.calls = server(n.callHandler(), f.toCalls)
 	f.joins = server(n.joinHandler(), f.toJoins)
+	f.farewells = server(farewell(), f.toFarewells)
 	return f
 }
 
 // config says by ALPN what a caller must show.
 func (f *front) config() *tls.Config {
 	m := pki.Mutual{Credentials: f.n.creds, CAs: []*x509.Certificate{f.n.ca}, Now: f.n.now}
-	peers := m.Server(f.n.admit)
-	peers.NextProtos = []string{protoCalls}
+	peers := m.Server(f.n.admit) // raft
+	// A caller that is no member any more is told so, in serve.
+	calls := m.Server(func(pki.Identity, *x509.Certificate) error { return nil })
+	calls.NextProtos = []string{protoCalls}
 	joins := pki.HTTPSServer(f.n.creds)
 	joins.MinVersion, joins.NextProtos, joins.Time = tls.VersionTLS13, []string{protoJoin}, f.n.now
 	pick := &tls.Config{MinVersion: tls.VersionTLS13}
 	pick.GetConfigForClient = func(hello *tls.ClientHelloInfo) (*tls.Config, error) {
 		if slices.Contains(hello.SupportedProtos, protoJoin) {
 			return joins, nil
+		}
+		if slices.Contains(hello.SupportedProtos, protoCalls) {
+			return calls, nil
 		}
 		return peers, nil
 	}
@@ -138,7 +142,12 @@ func (f *front) serve(raw net.Conn, config *tls.Config) {
 		delete(f.conns, conn)
 		f.mu.Unlock()
 	}()
-	if f.n.admit(id, state.PeerCertificates[0]) != nil { // removed since the handshake began
+	// Asked once end can find the connection: who is removed from now on is cut.
+	if err := f.n.admit(id, state.PeerCertificates[0]); err != nil {
+		f.n.log.Debug("peer port: caller refused", "from", raw.RemoteAddr().String(), "error", err)
+		if state.NegotiatedProtocol == protoCalls {
+			f.toFarewells.put(conn, f.run)
+		}
 		return
 	}
 	if state.NegotiatedProtocol == protoCalls {
@@ -198,8 +207,10 @@ func (f *front) close() {
 	f.deafen()
 	f.toCalls.Close()
 	f.toJoins.Close()
+	f.toFarewells.Close()
 	f.calls.Close()
 	f.joins.Close()
+	f.farewells.Close()
 	f.wg.Wait()
 }
 

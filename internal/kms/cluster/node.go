@@ -264,7 +264,7 @@ func peerURL(address string) string { return "https://" + address }
 func (n *Node) Peers() *store.Peers {
 	n.mu.Lock()
 	defer n.mu.Unlock()
-	p := &store.Peers{URL: peerURL(n.Name + ".invalid:5698"), Socket: n.socket(), Certificate: n.path("peer.pem"), CA: n.path("ca.pem"), Join: n.joined}
+	p := &store.Peers{URL: peerURL(n.Name + ".invalid:5698"), Socket: n.socket(), Certificate: n.path("peer.pem"), CA: n.path("ca.pem"), Join: n.joined, Removed: n.removed}
 	if n.address != "" {
 		p.URL = peerURL(n.address)
 	}
