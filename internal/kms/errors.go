@@ -54,7 +54,7 @@ func AsError(err error) *Error {
 	case errors.Is(err, store.ErrFull):
 		return &Error{kmip.ResultReasonGeneralFailure, "the server's storage is full", err}
 	case errors.Is(err, store.ErrUnavailable):
-		return &Error{kmip.ResultReasonGeneralFailure, "the server's storage does not answer now; try again", err}
+		return &Error{kmip.ResultReasonGeneralFailure, "the server's storage does not answer now; what was to be changed may or may not have been", err}
 	}
 	return &Error{kmip.ResultReasonGeneralFailure, "internal error; the server's log says more", err}
 }

@@ -84,5 +84,8 @@ func (o *object) settled(now time.Time) *object {
 	return o
 }
 
+// Changed tells whether the session has changed anything yet.
+func (s *Session) Changed() bool { return s.revision > 0 }
+
 // now is the time in whole seconds, as KMIP's dates have it.
 func (s *Session) now() time.Time { return s.k.now().UTC().Truncate(time.Second) }

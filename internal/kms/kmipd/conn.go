@@ -92,6 +92,9 @@ func (c *conn) next(stream net.Conn, open sessionOpener) bool {
 	ctx, cancel := context.WithTimeout(context.Background(), c.s.RequestTimeout)
 	defer cancel()
 	response, keep := c.s.answer(ctx, c.from, open, msg)
+	if response == nil {
+		return false
+	}
 	// Cut off in the middle, or with a clock that is not fit, a failure says
 	// nothing of whether the operation has happened: then silence is the answer
 	// that clients take for what it is.

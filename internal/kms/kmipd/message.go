@@ -13,6 +13,7 @@ import (
 	"github.com/ovh/kmip-go/ttlv"
 
 	"mortise/internal/kms"
+	"mortise/internal/store"
 )
 
 // maxBatch is how many operations one message may have.
@@ -37,11 +38,14 @@ type sessionOpener func(context.Context) (*kms.Session, error)
 
 // answer is the path from the bytes of a request to the bytes of its response.
 // keep tells whether the connection goes on. The response is the caller's to
-// give back to s.encoders.
+// give back to s.encoders; nil: there is none, and the connection is to end.
 func (s *server) answer(ctx context.Context, from string, open sessionOpener, msg []byte) (response *encoder, keep bool) {
 	r := &reply{s: s, from: from, version: kmip.V1_0}
 	defer r.wipe()
 	keep = r.handle(ctx, open, msg)
+	if r.silent {
+		return nil, false
+	}
 	return r.encode(), keep
 }
 
@@ -53,6 +57,12 @@ type reply struct {
 	max     int // the client's Maximum Response Size, 0 for none
 	message kmip.ResponseMessage
 	secrets [][]byte // key bytes in message, to clear once it is encoded
+
+	// silent: the message is not answered. The store did not say in time whether
+	// what was asked has happened, as when the cluster's leader is lost: a General
+	// Failure would be taken for a No by clients that would try another member
+	// after a lost connection.
+	silent bool
 }
 
 // handle fills r. It returns false when the message is so wrong that the stream
@@ -115,6 +125,9 @@ func (r *reply) handle(ctx context.Context, open sessionOpener, msg []byte) (kee
 	if err == nil && !onlyMakes(batch) {
 		err = session.Confirm(ctx)
 	}
+	if errors.Is(err, store.ErrUnavailable) {
+		return r.drop(err)
+	}
 	if err != nil {
 		r.s.log.Warn("kmip: client refused", "from", r.from, "error", err)
 		r.fail(kms.AsError(err))
@@ -143,12 +156,18 @@ func onlyMakes(batch []item) bool {
 
 // run processes the batch in order, whatever the Batch Order Option. Without
 // another wish of the client it ends at the first failure (KMIP 1.4 §6.14); items
-// after it are not answered.
+// after it are not answered. Where the store does not answer, none is, unless an
+// earlier item has changed something: a client that asked again elsewhere would
+// change it twice, so it is told how far its batch has come.
 func (r *reply) run(c *call, batch []item, onError kmip.BatchErrorContinuationOption) {
 	for _, it := range batch {
 		begun := time.Now()
-		answer := c.do(it)
+		answer, err := c.do(it)
 		c.answered(begun, &answer)
+		if errors.Is(err, store.ErrUnavailable) && !c.session.Changed() {
+			r.drop(err)
+			return
+		}
 		r.message.BatchItem = append(r.message.BatchItem, answer)
 		if answer.ResultStatus == kmip.ResultStatusSuccess {
 			continue
@@ -170,7 +189,11 @@ func (r *reply) undo(c *call) {
 	last := len(r.message.BatchItem) - 1
 	if err := c.session.Undo(c); err != nil {
 		r.s.log.Error("kmip: batch could not be undone", "client", c.session.Name, "from", r.from, "error", err)
-		r.message.BatchItem[last].ResultMessage += "; " + kms.AsError(err).Message
+		why := kms.AsError(err).Message
+		if errors.Is(err, store.ErrUnavailable) {
+			why = "whether the items before it are undone is not known"
+		}
+		r.message.BatchItem[last].ResultMessage += "; " + why
 		return
 	}
 	r.s.log.Info("kmip: batch undone", "items", last, "client", c.session.Name, "from", r.from)
@@ -229,6 +252,13 @@ func (r *reply) refuseMessage(reason kmip.ResultReason, format string, args ...a
 	err := kms.Refuse(reason, format, args...)
 	r.s.log.Warn("kmip: message refused", "from", r.from, "error", err)
 	r.fail(err)
+	return false
+}
+
+// drop leaves the message without an answer, and returns false.
+func (r *reply) drop(err error) bool {
+	r.s.log.Warn("kmip: message not answered: its outcome is not known", "from", r.from, "error", err)
+	r.silent = true
 	return false
 }
 

@@ -95,9 +95,9 @@ func operations() []operation {
 	}
 }
 
-// do answers one batch item.
-func (c *call) do(it item) kmip.ResponseBatchItem {
-	var answer kmip.ResponseBatchItem
+// do answers one batch item. err is why it failed, with what the client is not
+// told.
+func (c *call) do(it item) (answer kmip.ResponseBatchItem, err error) {
 	parts := items(it.value)
 	if err := inOrder(parts, itemFields); err != nil {
 		return c.refused(answer, kms.Refuse(fieldReason(err), "batch item: %v", err))
@@ -140,12 +140,12 @@ func (c *call) do(it item) kmip.ResponseBatchItem {
 		return c.refused(answer, kms.Refuse(fieldReason(err), "request payload: %v", err))
 	}
 	c.object = ""
-	err := c.session.Begin(op.code)
+	err = c.session.Begin(op.code)
 	var result kmip.OperationPayload
 	if err == nil {
 		result, err = op.run(c, payload.raw)
 	}
-	if err = c.session.End(c, op.code, c.object, err); err != nil {
+	if err = c.end(op.code, c.object, err); err != nil {
 		e := kms.AsError(err)
 		log := c.s.log.Info
 		if e.Reason == kmip.ResultReasonGeneralFailure || e.Reason == kmip.ResultReasonCryptographicFailure {
@@ -153,16 +153,32 @@ func (c *call) do(it item) kmip.ResponseBatchItem {
 		}
 		log("kmip: operation refused", "operation", ttlv.EnumStr(answer.Operation), "client", c.session.Name, "from", c.reply.from,
 			"reason", ttlv.EnumStr(e.Reason), "error", err)
-		return failed(answer, e)
+		return failed(answer, e), err
 	}
 	answer.ResponsePayload = result
-	return answer
+	return answer, nil
 }
 
 // refused answers an item that does not come to be an operation. The audit log
 // has it as any other.
-func (c *call) refused(answer kmip.ResponseBatchItem, err error) kmip.ResponseBatchItem {
-	return failed(answer, c.session.End(c, answer.Operation, "", err))
+func (c *call) refused(answer kmip.ResponseBatchItem, err error) (kmip.ResponseBatchItem, error) {
+	err = c.end(answer.Operation, "", err)
+	return failed(answer, err), err
+}
+
+// auditTimeout is how long an operation whose time has run out may wait for its
+// entry in the audit log.
+const auditTimeout = 5 * time.Second
+
+// end brings an operation into the audit log, also one whose time has run out.
+func (c *call) end(op kmip.Operation, object string, err error) error {
+	ctx := c.Context
+	if ctx.Err() != nil {
+		var cancel context.CancelFunc
+		ctx, cancel = context.WithTimeout(context.WithoutCancel(ctx), auditTimeout)
+		defer cancel()
+	}
+	return c.session.End(ctx, op, object, err)
 }
 
 // changed logs what a client did to an object.
