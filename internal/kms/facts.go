@@ -13,10 +13,11 @@ import (
 // Facts are what can be measured of a KMS at one instant, as this member has it.
 // They cost little however many keys there are.
 type Facts struct {
-	Locked    bool
-	Instances []InstanceFacts
-	Audit     AuditStatus
-	Store     store.Health
+	Locked      bool
+	Quarantined bool // restored from a backup, and not released yet
+	Instances   []InstanceFacts
+	Audit       AuditStatus
+	Store       store.Health
 }
 
 // InstanceFacts are those of an open instance.
@@ -44,6 +45,7 @@ func (k *KMS) Facts() (Facts, error) {
 	default:
 		f.Locked = true
 	}
+	f.Quarantined = k.admitted() != nil
 	for _, i := range k.open() {
 		x := InstanceFacts{ID: i.id, Keys: map[string]int{}}
 		for s := kmip.StatePreActive; s <= kmip.StateDestroyedCompromised; s++ {

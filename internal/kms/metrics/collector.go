@@ -39,6 +39,7 @@ func (c *collector) Collect(out chan<- prometheus.Metric) {
 		return
 	}
 	gauge("mortise_kms_locked", "1 while the root keys are missing.", truth(f.Locked))
+	gauge("mortise_kms_quarantined", "1 while a restored server waits for its release.", truth(f.Quarantined))
 	for _, i := range f.Instances {
 		for state, n := range i.Keys {
 			gauge("mortise_kms_keys", "Objects by state. One whose date will change its state is counted in both.", float64(n), "instance", i.ID, "state", state)

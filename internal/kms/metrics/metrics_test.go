@@ -35,7 +35,8 @@ func scrape(t *testing.T, base, path string) (int, string) {
 	return resp.StatusCode, string(b)
 }
 
-// TestScrape measures a real KMS: locked, unlocked, and with a full disk.
+// TestScrape measures a real KMS: restored, locked, quarantined, serving, and with
+// a full disk.
 func TestScrape(t *testing.T) {
 	dir := t.TempDir()
 	s, err := store.Open(t.Context(), store.Config{Dir: filepath.Join(dir, "store"), Name: "kms-1"})
@@ -43,6 +44,14 @@ func TestScrape(t *testing.T) {
 		t.Fatal(err)
 	}
 	defer s.Close()
+	restored, err := store.NewCollection(t.Context(), s, "quarantine", store.JSON[kms.Quarantine](1))
+	if err != nil {
+		t.Fatal(err)
+	}
+	if _, err := s.Commit(t.Context(), restored.Create("restore", kms.Quarantine{Backup: "a-backup", Restored: time.Now()})); err != nil {
+		t.Fatal(err)
+	}
+	restored.Close()
 	ends := time.Unix(2_000_000_000, 0)
 	m := New(Options{Version: "1.2.3", ServerCertificate: func() time.Time { return ends }})
 	var full atomic.Bool
@@ -92,11 +101,15 @@ func TestScrape(t *testing.T) {
 			}
 		}
 	}
-	if status, text := scrape(t, base, "/healthz"); status != http.StatusOK || !strings.Contains(text, "alive") {
-		t.Errorf("/healthz: %d, %s", status, text)
+	alive := func() {
+		t.Helper()
+		if status, text := scrape(t, base, "/healthz"); status != http.StatusOK || !strings.Contains(text, "alive") {
+			t.Errorf("/healthz: %d, %s", status, text)
+		}
 	}
-	ready(http.StatusServiceUnavailable, "lock")
-	has("mortise_kms_locked 1", "mortise_kms_ready 0", `mortise_kms_build_info{version="1.2.3"} 1`, "mortise_kms_server_certificate_expiry_seconds 2e+09")
+	alive()
+	ready(http.StatusServiceUnavailable, "lock", "quarantine")
+	has("mortise_kms_locked 1", "mortise_kms_quarantined 1", "mortise_kms_ready 0", `mortise_kms_build_info{version="1.2.3"} 1`, "mortise_kms_server_certificate_expiry_seconds 2e+09")
 
 	pass, err := secret.Copy([]byte("correct horse battery staple"))
 	if err != nil {
@@ -111,6 +124,16 @@ func TestScrape(t *testing.T) {
 	if err := k.Unlock(t.Context(), kms.SingleCRK(root)); err != nil {
 		t.Fatal(err)
 	}
+	alive()
+	ready(http.StatusServiceUnavailable, "quarantine")
+	has("mortise_kms_locked 0", "mortise_kms_quarantined 1", "mortise_kms_ready 0")
+	err = k.Release(t.Context(), kms.Actor{Kind: "socket", Name: "root"}, "")
+	if doubt := (*kms.Confirmation)(nil); errors.As(err, &doubt) {
+		err = k.Release(t.Context(), kms.Actor{Kind: "socket", Name: "root"}, doubt.Hash)
+	}
+	if err != nil {
+		t.Fatal(err)
+	}
 	ready(http.StatusOK)
 	if err := k.Act(t.Context(), kms.Actor{Kind: "socket", Name: "root"}, "", "test", ""); err != nil {
 		t.Fatal(err)
@@ -120,7 +143,7 @@ func TestScrape(t *testing.T) {
 	m.Answered("Get", "default", "ItemNotFound", time.Millisecond)
 	m.Shed()
 	m.HandshakeFailed()
-	has("mortise_kms_locked 0", "mortise_kms_ready 1",
+	has("mortise_kms_locked 0", "mortise_kms_quarantined 0", "mortise_kms_ready 1",
 		`mortise_kms_requests_total{instance="default",operation="Get",result="Success"} 1`,
 		`mortise_kms_requests_total{instance="default",operation="Get",result="ItemNotFound"} 1`,
 		`mortise_kms_request_seconds_bucket{instance="default",operation="Get",le="0.005"} 2`,
@@ -136,6 +159,7 @@ func TestScrape(t *testing.T) {
 	if err := k.Act(t.Context(), kms.Actor{Kind: "socket", Name: "root"}, "", "test", ""); !errors.Is(err, kms.ErrAudit) {
 		t.Errorf("act with a full disk: %v", err)
 	}
+	alive()
 	ready(http.StatusServiceUnavailable, "audit")
 	has("mortise_kms_audit_refusing 1")
 	full.Store(false)
