@@ -24,8 +24,8 @@ type Target struct {
 //
 // When ctx ends, Convert stops within a zone's time at a durable boundary and
 // returns its error. After that, or after an error or a crash, the disk works in
-// its mixed form, and Resume, or Convert with the same target, goes on (rule R4).
-// To a disk that is what t asks for, Convert does nothing; it can only tell when
+// its mixed form; Resume, or Convert with the same target, goes on (rule R4), and
+// Cancel goes back. To a disk that is what t asks for, Convert does nothing; it can only tell when
 // t has an Epoch or is Decrypting.
 //
 // report, which may be nil, is called at the start and after every zone.
@@ -45,12 +45,33 @@ func (d *Disk) Convert(ctx context.Context, t Target, report func(Progress)) err
 		d.opts.Log.Info("disk conversion begins", "disk", d.path, "kind", d.kind.String(), "key", t.Key.String())
 	} else if err := d.continues(t); err != nil {
 		return err
+	} else if err := d.turn(false); err != nil {
+		return err
 	}
 	return d.convert(ctx, report)
 }
 
-// Resume goes on with a conversion that was interrupted; without one it does
-// nothing. See Convert.
+// Cancel undoes a conversion that was interrupted: its boundary runs back, under
+// the guest like Convert, and the disk has its old form and its old key again.
+// Without a conversion it does nothing. Cancel can be stopped and crash as Convert
+// can: Resume goes on running back, Convert with the old target turns round.
+func (d *Disk) Cancel(ctx context.Context, report func(Progress)) error {
+	if err := d.begin(ctx); err != nil {
+		return err
+	}
+	defer d.op.Unlock()
+	if d.kind == NotConverting {
+		return nil
+	}
+	if err := d.turn(true); err != nil {
+		return err
+	}
+	d.opts.Log.Info("disk conversion runs back", "disk", d.path, "kind", d.kind.String(), "boundary", d.state.cur.Load().boundary)
+	return d.convert(ctx, report)
+}
+
+// Resume goes on with a conversion that was interrupted, in the direction that it
+// had; without one it does nothing. See Convert.
 func (d *Disk) Resume(ctx context.Context, report func(Progress)) error {
 	if err := d.begin(ctx); err != nil {
 		return err
@@ -119,6 +140,27 @@ func (d *Disk) continues(t Target) error {
 	if t.Kind != d.kind || d.kind != Decrypting && !slices.Contains(safe.KeyIDs(), t.Key) {
 		return &Error{Kind: ErrConverting, File: d.path, Why: fmt.Sprintf("it is in the middle of: %s, keys %v", d.kind, safe.KeyIDs()), Fix: "finish that first: resume it"}
 	}
+	return nil
+}
+
+// turn makes a conversion's direction durable, when the zone that was half-written
+// in the other one is done.
+func (d *Disk) turn(back bool) error {
+	s := *d.state.cur.Load()
+	if s.back == back || s.kind == NotConverting { // the latter is all but ended
+		return nil
+	}
+	if s.hotLen > 0 {
+		if err := d.recoverZone(); err != nil {
+			return err
+		}
+		s = *d.state.cur.Load()
+	}
+	s.back = back
+	if err := d.writeState(&s); err != nil {
+		return err
+	}
+	d.at("convert.turned")
 	return nil
 }
 
@@ -254,24 +296,26 @@ func (d *Disk) setState(sf *stateFile) {
 
 // convert does the work of a conversion that has begun, and ends it.
 func (d *Disk) convert(ctx context.Context, report func(Progress)) error {
-	kind := d.kind
-	if d.state.cur.Load().boundary < d.end() {
-		if err := d.convertLoop(ctx, report); err != nil {
-			d.opts.Log.Warn("disk conversion stops", "disk", d.path, "kind", kind.String(), "boundary", d.state.cur.Load().boundary, "error", err)
+	kind, back := d.kind, d.state.cur.Load().back
+	if s := d.state.cur.Load(); s.kind != NotConverting && s.boundary != d.goal() {
+		if err := d.moveBoundary(ctx, report); err != nil {
+			d.opts.Log.Warn("disk conversion stops", "disk", d.path, "kind", kind.String(), "back", back, "boundary", d.state.cur.Load().boundary, "error", err)
 			return err
 		}
 	}
 	var err error
-	switch kind {
-	case Encrypting:
+	switch {
+	case kind == Encrypting && !back:
 		err = d.endEncrypt()
-	case Decrypting:
-		err = d.endDecrypt()
-	case Recrypting:
+	case kind == Encrypting, kind == Decrypting && !back:
+		err = d.endInClear()
+	case kind == Recrypting && !back:
 		err = d.endRecrypt()
+	default:
+		err = d.endWithOld()
 	}
 	if err == nil {
-		d.opts.Log.Info("disk conversion ends", "disk", d.path, "kind", kind.String())
+		d.opts.Log.Info("disk conversion ends", "disk", d.path, "kind", kind.String(), "back", back)
 	}
 	return err
 }
@@ -283,6 +327,34 @@ func (d *Disk) endEncrypt() error {
 		return err
 	}
 	d.finish(d.next)
+	return nil
+}
+
+// endWithOld ends what has run back to the old key. A second key safe leaves the
+// descriptor first: a state whose boundary is at 0 and a descriptor without it are
+// what a conversion that was never begun looks like.
+func (d *Disk) endWithOld() error {
+	if enc, _ := d.desc.Encryption(); !enc.Target.Empty() {
+		desc, err := vmdk.Parse(d.path, d.text)
+		if err != nil {
+			return err
+		}
+		enc.Target, enc.Generation = keysafe.Safe{}, enc.Generation+1
+		if err := desc.Seal(enc, d.key.descriptor); err != nil {
+			return err
+		}
+		if err := d.save(desc); err != nil {
+			return err
+		}
+	}
+	cur := d.state.cur.Load()
+	s := state{disk: cur.disk, size: cur.size, opens: cur.opens, epoch: cur.epoch, check: cur.check}
+	if err := d.state.write(&s, d.key.mac(), nil); err != nil {
+		return d.stateWriteError(err)
+	}
+	d.at("convert.steady")
+	d.state.shrink()
+	d.finish(d.key)
 	return nil
 }
 
@@ -310,9 +382,9 @@ func (d *Disk) endRecrypt() error {
 	return nil
 }
 
-// endDecrypt: the descriptor becomes that of a disk in clear, and the state file,
-// whose boundary is at the end, means nothing any more.
-func (d *Disk) endDecrypt() error {
+// endInClear: the descriptor becomes that of a disk in clear, and the state file,
+// whose boundary says that nothing is encrypted, means nothing any more.
+func (d *Disk) endInClear() error {
 	desc, err := vmdk.Parse(d.path, d.text)
 	if err != nil {
 		return err
@@ -348,10 +420,14 @@ func (d *Disk) steady() error {
 
 // finish makes key the only one.
 func (d *Disk) finish(key *dataKey) {
-	old := d.key
+	keys := []*dataKey{d.key, d.next}
 	d.mu.Lock()
 	d.kind, d.key, d.next = NotConverting, key, nil
 	d.mu.Unlock()
 	d.setForm()
-	old.wipe() // setForm has waited for the requests that used it
+	for _, k := range keys {
+		if k != key {
+			k.wipe() // setForm has waited for the requests that used it
+		}
+	}
 }

@@ -65,14 +65,14 @@ func (x *torture) guest(n int) error {
 		e := x.d.ext
 		from, to := int64(0), x.size
 		if x.leaky && x.r.IntN(4) == 0 {
-			defer func(end int64) { e.hotEnd = end }(e.hotEnd)
-			e.hotEnd = 0
+			defer func(was span) { e.frozen = was }(e.frozen)
+			e.frozen = span{}
 		}
-		if e.boundary < e.hotEnd {
+		if e.frozen.off < e.frozen.end {
 			if x.r.IntN(2) == 0 {
-				to = min(to, e.boundary)
+				to = min(to, e.frozen.off)
 			} else {
-				from = e.hotEnd
+				from = e.frozen.end
 			}
 		}
 		if to-from < SectorSize {
@@ -211,13 +211,17 @@ func (x *torture) step() error {
 		defer cancel()
 		zones := x.r.IntN(12)
 		report := func(p Progress) {
-			x.notef("%s at %d", p.Kind, p.Done)
+			x.notef("%s at %d, back %v", p.Kind, p.Done, p.Back)
 			if zones--; zones < 0 {
 				cancel()
 			}
 		}
 		var err error
-		if x.d.kind != NotConverting {
+		x.d.SetPace(Pace{Limit: x.r.Int64N(2) << 40}) // too much to be felt; still it goes the slow way
+		if x.d.kind != NotConverting && x.r.IntN(2) == 0 {
+			x.notef("cancel: %s", x.d.kind)
+			err = x.d.Cancel(ctx, report)
+		} else if x.d.kind != NotConverting {
 			err = x.d.Resume(ctx, report)
 		} else {
 			t := Target{Kind: Encrypting, Key: kekA, Epoch: x.record.Epoch + 1}

@@ -25,6 +25,7 @@ type Info struct {
 	Keys      []keysafe.KeyID // any of which opens the disk, or the part still to be converted
 
 	Conversion Conversion      // under way or interrupted
+	Back       bool            // cancelled: it runs back
 	Boundary   int64           // bytes that have been converted
 	TargetKeys []keysafe.KeyID // of the conversion; nil when decrypting
 }
@@ -76,7 +77,7 @@ func (i *Info) addState(s *state) {
 	if !i.Encrypted || s.kind == NotConverting {
 		return
 	}
-	i.Conversion, i.Boundary = s.kind, min(s.boundary, i.Size)
+	i.Conversion, i.Back, i.Boundary = s.kind, s.back, min(s.boundary, i.Size)
 	if s.kind == Encrypting {
 		i.Keys, i.TargetKeys = nil, i.Keys
 	}

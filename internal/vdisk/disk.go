@@ -41,10 +41,21 @@ type Options struct {
 	// conversion was killed must be opened for writing once first.
 	ReadOnly bool
 
+	// Live is a folder, best on a tmpfs, for the bitmaps of snapshot links that are
+	// open for writing: what makes a kill of this process lose nothing. It must
+	// outlive the process. "": defaultLive.
+	Live string
+
+	// Bases are folders of other VMs on whose sealed links this disk may stand: a
+	// linked clone's (rule E12). A descriptor that leads anywhere else is refused.
+	Bases []Base
+
 	Log    *slog.Logger // nil: none
 	Random io.Reader    // of keys and nonces; nil: crypto/rand
 
-	zone int64        // bytes of a conversion's hot zone; 0: zoneSize
+	link   bool         // it may be a snapshot link: a chain opens it
+	parent bool         // of a link that is open: its lock is shared
+	zone   int64        // bytes of a conversion's hot zone; 0: zoneSize
 	fs   fsys         // nil: the operating system's
 	at   func(string) // called at every persistence step; nil: not
 }
@@ -55,6 +66,9 @@ func (o Options) withDefaults() Options {
 	}
 	if o.zone == 0 {
 		o.zone = zoneSize
+	}
+	if o.Live == "" {
+		o.Live = defaultLive
 	}
 	if o.fs == nil {
 		o.fs = osFS{}
@@ -75,6 +89,7 @@ type Disk struct {
 	size int64  // of the virtual disk, bytes
 	opts Options
 	ext  *extent
+	pace pace // of conversions
 
 	// op is held for the whole of a conversion, of a recrypt and of Close. Only
 	// its holder changes the fields below, and holds mu too while it does, so that
@@ -87,6 +102,9 @@ type Disk struct {
 	key   *dataKey         // in force; while converting, above the boundary
 	next  *dataKey         // while converting, below the boundary
 	kind  Conversion
+
+	bits *bitmap // units that a snapshot link has, while it is open for writing
+	slot uint8   // its number in the chain's index
 }
 
 // Size is the length of the disk in bytes, a multiple of SectorSize.

@@ -37,11 +37,14 @@ const chunk = 256 << 10
 //
 // While a conversion runs, the extent is, from its beginning:
 //
-//	[0, boundary)          in the target's form
-//	[boundary, hotEnd)     being rewritten: writes wait, reads of what is half
-//	                       rewritten come from the zone's buffer
-//	next, behind hotEnd    being read by the converter: writes are noted
-//	the rest               in the source's form
+//	[0, boundary)      in the target's form
+//	frozen             being rewritten: writes wait, reads of what is half
+//	                   rewritten come from the zone's buffer
+//	next               being read by the converter: writes are noted
+//	the rest           in the source's form
+//
+// frozen and next follow the boundary; where a conversion runs back they lie
+// before it.
 type extent struct {
 	name string
 	f    file
@@ -49,8 +52,8 @@ type extent struct {
 	gate         sync.RWMutex
 	below, above *xts.Cipher
 	boundary     int64         // bytes, on a unit
-	hotEnd       int64         // writes to [boundary, hotEnd) wait for moved
-	hot          *zone         // that is being written; nil: what is below hotEnd has the source's form
+	frozen       span          // writes to it wait for moved
+	hot          *zone         // that is being written; nil: what is frozen has the form of its side of the boundary
 	next         *zone         // laid out and not hot yet
 	moved        chan struct{} // closed when the limits have changed
 	stuck        error         // why the hot zone will not move; reads of it fail too
@@ -105,7 +108,7 @@ func (e *extent) close() error {
 
 // form makes the extent one of a single form.
 func (e *extent) form(c *xts.Cipher) {
-	e.set(func() { e.below, e.above, e.boundary, e.hotEnd, e.hot, e.next = c, c, 0, 0, nil, nil })
+	e.set(func() { e.below, e.above, e.boundary, e.frozen, e.hot, e.next = c, c, 0, span{}, nil, nil })
 }
 
 // set changes what gate protects and wakes the requests that wait.
@@ -129,7 +132,7 @@ func (e *extent) enter(off, n int64) error {
 			e.gate.RUnlock()
 			return dead
 		}
-		if off >= e.hotEnd || off+n <= e.boundary {
+		if !e.frozen.touches(off, n) {
 			return nil
 		}
 		moved, stuck := e.moved, e.stuck
@@ -148,7 +151,7 @@ func (e *extent) look(off, n int64) error {
 	var err error
 	if dead := e.dead.Load(); dead != nil {
 		err = dead
-	} else if e.stuck != nil && off < e.hotEnd && off+n > e.boundary {
+	} else if e.stuck != nil && e.frozen.touches(off, n) {
 		err = e.stuck
 	}
 	if err != nil {
@@ -165,7 +168,7 @@ func (e *extent) read(p []byte, off int64) error {
 	for len(p) > 0 {
 		c, n := e.part(len(p), off)
 		if z := e.hot; z != nil && off >= z.start && off < z.end {
-			c, n = e.below, copy(p[:n], z.buf[off-z.start:])
+			c, n = z.to, copy(p[:n], z.buf[off-z.start:])
 		} else if err := readFull(e.f, p[:n], off); err != nil {
 			return e.readError(err, off)
 		}

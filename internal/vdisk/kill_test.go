@@ -33,8 +33,11 @@ var killOps = []struct {
 	{"shallow", func(ctx context.Context, path string, w world, at func(string)) error {
 		return withDisk(ctx, path, w, at, func(d *Disk) error { return d.ShallowRecrypt(ctx, kekB) })
 	}, func(i Info) bool { return len(i.Keys) == 1 && i.Keys[0] == kekB }},
+	{"recrypt cancelled", cancelling(Target{Kind: Recrypting, Key: kekA, Epoch: 2}), func(i Info) bool { return i.Epoch == 1 && i.Keys[0] == kekB }},
 	{"recrypt", converting(Target{Kind: Recrypting, Key: kekA, Epoch: 2}), func(i Info) bool { return i.Epoch == 2 && i.Keys[0] == kekA }},
+	{"decrypt cancelled", cancelling(Target{Kind: Decrypting}), func(i Info) bool { return i.Epoch == 2 && i.Keys[0] == kekA }},
 	{"decrypt", converting(Target{Kind: Decrypting}), func(i Info) bool { return !i.Encrypted }},
+	{"encrypt cancelled", cancelling(Target{Kind: Encrypting, Key: kekA, Epoch: 3}), func(i Info) bool { return !i.Encrypted }},
 	{"encrypt", converting(Target{Kind: Encrypting, Key: kekB, Epoch: 3}), func(i Info) bool { return i.Epoch == 3 && i.Keys[0] == kekB }},
 }
 
@@ -46,6 +49,29 @@ const (
 func converting(t Target) func(context.Context, string, world, func(string)) error {
 	return func(ctx context.Context, path string, w world, at func(string)) error {
 		return withDisk(ctx, path, w, at, func(d *Disk) error { return d.Convert(ctx, t, nil) })
+	}
+}
+
+// cancelling stops a conversion after its third zone and runs it back.
+func cancelling(t Target) func(context.Context, string, world, func(string)) error {
+	return func(ctx context.Context, path string, w world, at func(string)) error {
+		return withDisk(ctx, path, w, at, func(d *Disk) error {
+			if d.Info().Conversion != NotConverting { // that was killed
+				return d.Cancel(ctx, nil)
+			}
+			some, stop := context.WithCancel(ctx)
+			defer stop()
+			zones := 0
+			err := d.Convert(some, t, func(Progress) {
+				if zones++; zones == 4 {
+					stop()
+				}
+			})
+			if err != nil && some.Err() == nil {
+				return err
+			}
+			return d.Cancel(ctx, nil)
+		})
 	}
 }
 

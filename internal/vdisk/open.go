@@ -50,6 +50,8 @@ func Open(ctx context.Context, path string, o Options) (_ *Disk, err error) {
 	need := d.size
 	if _, encrypted := d.desc.Encryption(); encrypted {
 		err, need = d.openEncrypted(), d.end()
+	} else if d.desc.IsDelta() {
+		err = d.openClearDelta()
 	} else {
 		err = d.openClear()
 	}
@@ -81,7 +83,12 @@ func (d *Disk) lockExtent() error {
 	if err != nil {
 		return err
 	}
-	f, err := openLocked(d.opts.fs, name, !d.opts.ReadOnly)
+	var f file
+	if d.opts.parent {
+		f, err = openParent(d.opts.fs, name)
+	} else {
+		f, err = openLocked(d.opts.fs, name, !d.opts.ReadOnly)
+	}
 	if err != nil {
 		return err
 	}
@@ -91,6 +98,9 @@ func (d *Disk) lockExtent() error {
 	}
 	if again, err := extentName(d.path, d.desc); err != nil || again != name {
 		return &Error{Kind: ErrInUse, File: d.path, Why: "it was changed while it was opened", Fix: "try again", Cause: err}
+	}
+	if d.desc.IsDelta() && !d.opts.link {
+		return &Error{Kind: ErrUnsupported, File: d.path, Why: "it is a snapshot link", Fix: "open it with its chain"}
 	}
 	d.size = d.desc.Size()
 	return nil
@@ -115,12 +125,13 @@ func extentName(path string, desc *vmdk.Descriptor) (string, error) {
 	}
 	es := desc.Extents()
 	switch {
-	case desc.IsDelta():
-		return "", no("it is a snapshot link, which this version does not open")
 	case len(es) != 1:
 		return "", no(fmt.Sprintf("it has %d extents, and one is opened in place", len(es)))
 	case es[0].Offset != 0 || es[0].Access != "RW":
 		return "", no("its extent is not RW at offset 0")
+	case desc.IsDelta() && es[0].File != filepath.Base(vmdk.DeltaName(path)):
+		// So one link's descriptor does not pass for another's under its name.
+		return "", &Error{Kind: ErrTampered, File: path, Why: fmt.Sprintf("it is the descriptor of another link, whose extent is %s", es[0].File), Fix: "restore the descriptor from a backup; " + untouched}
 	}
 	return filepath.Join(filepath.Dir(path), es[0].File), nil
 }
@@ -151,6 +162,27 @@ func (d *Disk) openClear() error {
 		return nil
 	}
 	return d.removeState()
+}
+
+// openClearDelta checks the state file that a snapshot link in clear has for its
+// bitmap.
+func (d *Disk) openClearDelta() (err error) {
+	if d.opts.Expect.Encrypted {
+		return &Error{Kind: ErrNotEncrypted, File: d.path, Why: "the VM's record says that this disk is encrypted, and the descriptor of this link has no key safe", Fix: "restore the descriptor from a backup; " + untouched}
+	}
+	if d.state, err = openState(d.opts.fs, d.at, d.stateName(), !d.opts.ReadOnly); err != nil {
+		return stateError(d.stateName(), err)
+	}
+	s := d.state.cur.Load()
+	never := s.kind == Encrypting && s.boundary == 0 && s.hotLen == 0
+	ended := s.kind == Decrypting && s.boundary == roundUp(s.size, UnitSize)
+	switch {
+	case s.disk != d.desc.UUID() || s.size != d.size || !s.delta:
+		return &Error{Kind: ErrState, File: d.stateName(), Why: fmt.Sprintf("it belongs to disk %s of %d bytes", s.disk, s.size), Fix: "restore the state file of this link from a backup"}
+	case !never && !ended && (s.kind != NotConverting || s.epoch != 0 || s.check != keyCheck{}):
+		return &Error{Kind: ErrTampered, File: d.path, Why: fmt.Sprintf("it says that the link is in clear, and %s says that the extent is encrypted", filepath.Base(d.stateName())), Fix: "restore the descriptor from a backup; " + untouched}
+	}
+	return nil
 }
 
 // openEncrypted opens the key safe, and checks the descriptor with the DEK and
@@ -207,7 +239,7 @@ func (d *Disk) openEncrypted() error {
 // other combination is not one that a crash leaves.
 func (d *Disk) matchState(enc vmdk.Encryption) error {
 	s := d.state.cur.Load()
-	if s.disk != d.desc.UUID() || s.size != d.size {
+	if s.disk != d.desc.UUID() || s.size != d.size && !s.grown(d.size) || s.delta != d.desc.IsDelta() {
 		return &Error{Kind: ErrState, File: d.stateName(), Why: fmt.Sprintf("it belongs to disk %s of %d bytes", s.disk, s.size), Fix: "restore the state file of this disk from a backup"}
 	}
 	from := func(k *dataKey, epoch uint64) bool { // the key in force is k
@@ -242,9 +274,13 @@ func (d *Disk) matchState(enc vmdk.Encryption) error {
 func (d *Disk) settle() error {
 	s := *d.state.cur.Load()
 	s.opens++
-	if d.kind == NotConverting && s.kind == Recrypting {
+	if d.kind == NotConverting && s.kind != NotConverting { // not begun, or all but ended in clear
 		s = state{seq: s.seq, disk: s.disk, size: s.size, opens: s.opens, epoch: s.epoch, check: s.check}
+		if d.key == nil {
+			s.epoch, s.check = 0, keyCheck{}
+		}
 	}
+	s.size = d.size // a growth that was not finished
 	if d.kind == Recrypting && s.kind == NotConverting {
 		if err := d.state.write(&s, d.next.mac(), nil); err != nil {
 			return d.stateWriteError(err)
@@ -269,7 +305,7 @@ func (d *Disk) setForm() {
 	d.ext.set(func() {
 		e := d.ext
 		e.below, e.above = d.next.cipher(), d.key.cipher()
-		e.boundary, e.hotEnd, e.hot, e.next = d.state.cur.Load().boundary, 0, nil, nil
+		e.boundary, e.frozen, e.hot, e.next = d.state.cur.Load().boundary, span{}, nil, nil
 		if d.state.cur.Load().kind == NotConverting { // a recrypt that is all but ended
 			e.boundary = d.end()
 		}

@@ -68,6 +68,7 @@ type state struct {
 	disk  uuid.UUID
 	size  int64  // of the virtual disk, bytes
 	opens uint64 // how often the disk was opened for writing
+	delta bool   // the file has a presence bitmap; it never changes
 
 	// The key in force, and while converting the one that is coming. An epoch
 	// counts a disk's DEKs; 0 with a zero check value means in clear.
@@ -76,8 +77,10 @@ type state struct {
 
 	// Below boundary the extent has the target's form, above the source's. The
 	// sectors of [hot, hot+hotLen) have either, and sums has a checksum of each
-	// one's new form. hotLen 0: no hot zone.
+	// one's new form: the target's, or the source's when the conversion runs
+	// back. hotLen 0: no hot zone.
 	kind        Conversion
+	back        bool // cancelled: the boundary goes down
 	boundary    int64
 	hot, hotLen int64
 	sums        []uint64
@@ -92,7 +95,7 @@ type keyCheck [16]byte
 const (
 	offMagic       = 0   // 8 bytes
 	offVersion     = 8   // uint16
-	offFlags       = 10  // uint16, none defined: any is refused
+	offFlags       = 10  // uint16, flagBack and flagDelta; any other is refused
 	offKind        = 12  // uint8
 	offSeq         = 16  // uint64
 	offDisk        = 24  // 16 bytes
@@ -112,12 +115,27 @@ const (
 	offChecksum    = 248 // xxHash64 of the bytes before
 )
 
+// flagBack: the conversion runs back. flagDelta: the extent is a snapshot link's,
+// and this file has its presence bitmap.
+const (
+	flagBack  = 1 << 0
+	flagDelta = 1 << 1
+)
+
 // header encodes s but for MACs and checksum.
 func (s *state) header(sums []byte) []byte {
 	le := binary.LittleEndian
 	h := make([]byte, headerSize)
 	copy(h[offMagic:], stateMagic)
 	le.PutUint16(h[offVersion:], stateVersion)
+	var flags uint16
+	if s.back {
+		flags |= flagBack
+	}
+	if s.delta {
+		flags |= flagDelta
+	}
+	le.PutUint16(h[offFlags:], flags)
 	h[offKind] = byte(s.kind)
 	le.PutUint64(h[offSeq:], s.seq)
 	copy(h[offDisk:], s.disk[:])
@@ -191,15 +209,16 @@ func decodeSlot(r io.ReaderAt, n int64) (*state, error) {
 	if v := le.Uint16(h[offVersion:]); v != stateVersion {
 		return nil, fmt.Errorf("%w: format version %d, this one reads %d", errVersion, v, stateVersion)
 	}
-	if f := le.Uint16(h[offFlags:]); f != 0 {
-		return nil, fmt.Errorf("%w: flags %#04x are unknown", errVersion, f)
+	flags := le.Uint16(h[offFlags:])
+	if flags&^(flagBack|flagDelta) != 0 {
+		return nil, fmt.Errorf("%w: flags %#04x are unknown", errVersion, flags)
 	}
 	s := &state{
 		seq: le.Uint64(h[offSeq:]), disk: uuid.UUID(h[offDisk : offDisk+16]),
 		size: int64(le.Uint64(h[offSize:])), opens: le.Uint64(h[offOpens:]),
 		epoch: le.Uint64(h[offEpoch:]), targetEpoch: le.Uint64(h[offTargetEpoch:]),
 		check: keyCheck(h[offCheck : offCheck+16]), targetCheck: keyCheck(h[offTargetCheck : offTargetCheck+16]),
-		kind:     Conversion(h[offKind]),
+		kind: Conversion(h[offKind]), back: flags&flagBack != 0, delta: flags&flagDelta != 0,
 		boundary: int64(le.Uint64(h[offBoundary:])), hot: int64(le.Uint64(h[offHot:])), hotLen: int64(le.Uint64(h[offHotLen:])),
 		mac: [keysafe.MACSize]byte(h[offMAC : offMAC+32]), targetMAC: [keysafe.MACSize]byte(h[offTargetMAC : offTargetMAC+32]),
 	}
@@ -244,10 +263,16 @@ func (s *state) validate() error {
 		return bad("a hot zone of %d bytes", s.hotLen)
 	case s.hotLen == 0 && s.hot != 0, s.hotLen > 0 && (s.hot != s.boundary || s.hotLen > end-s.hot):
 		return bad("a hot zone of %d bytes at %d with the boundary at %d", s.hotLen, s.hot, s.boundary)
-	case s.kind == NotConverting && (s.boundary != 0 || s.hotLen != 0 || s.targetEpoch != 0 || s.targetCheck != keyCheck{}):
+	case s.kind == NotConverting && (s.back || s.boundary != 0 || s.hotLen != 0 || s.targetEpoch != 0 || s.targetCheck != keyCheck{}):
 		return bad("a conversion's boundary without a conversion")
 	}
 	return nil
+}
+
+// grown says whether s is of a disk that was about to grow: the state file learns
+// its new length before the descriptor, which has the last word.
+func (s *state) grown(size int64) bool {
+	return s.kind == NotConverting && !s.delta && s.size > size
 }
 
 // A stateFile is an open state file and what its newest slot says.
@@ -335,13 +360,20 @@ func newestSlot(r io.ReaderAt) (*state, error) {
 func (sf *stateFile) reserve() error { return sf.f.Allocate(stateMax) }
 
 // shrink gives that room back; if it cannot, the file is longer than needed.
-func (sf *stateFile) shrink() { _ = sf.f.Truncate(sumsOffset) }
+func (sf *stateFile) shrink() {
+	if sf.cur.Load().delta {
+		_ = sf.f.Punch(sumsOffset, stateMax-sumsOffset)
+	} else {
+		_ = sf.f.Truncate(sumsOffset)
+	}
+}
 
 // write makes s durable as the newest state, in the slot that does not hold the
 // present one.
 func (sf *stateFile) write(s *state, mac, target *keysafe.MAC) error {
 	next := *s
 	next.seq = sf.cur.Load().seq + 1
+	next.delta = s.delta || sf.cur.Load().delta
 	header, sums := next.encode(mac, target)
 	slot := int64(next.seq % 2)
 	if len(sums) > 0 {

@@ -1,13 +1,10 @@
 package vdisk
 
 import (
-	"cmp"
-	"context"
+	"bytes"
 	"errors"
 	"fmt"
-	"slices"
 	"sync"
-	"time"
 
 	"github.com/cespare/xxhash/v2"
 	"golang.org/x/sys/unix"
@@ -24,24 +21,20 @@ const (
 	busyZone = 1 << 20
 )
 
-// courtesy is how long a conversion rests beside a busy guest, in times that its
-// last step took: that leaves the guest the greater part of processor and storage.
-const (
-	courtesy = 4
-	maxRest  = 250 * time.Millisecond
-)
-
 // manySpans is where a sync of the file is taken to be cheaper than as many
 // writes that are durable each for itself.
 const manySpans = 4
 
-// A zone is the piece of an extent that is converted in one step.
+// A zone is the piece of an extent that is converted in one step: [start, end),
+// on units. The boundary passes more with it, lo to hi, which has nothing but
+// holes besides.
 type zone struct {
-	from, start, end int64 // start and end on units; nothing but holes in [from, start)
-	data             []span
-	buf              []byte   // new form of [start, end)
-	sums             []uint64 // of its sectors
-	failed           error    // of fill
+	lo, start, end, hi int64
+	from, to           *xts.Cipher // old and new form
+	data               []span
+	buf                []byte   // new form of [start, end)
+	sums               []uint64 // of its sectors
+	failed             error    // of fill
 
 	mu    sync.Mutex
 	dirty []span // written by requests since it was laid out
@@ -51,22 +44,33 @@ type zone struct {
 // span is a range of an extent in bytes, on sectors.
 type span struct{ off, end int64 }
 
+// with is the range of s and o, which lie side by side.
+func (s span) with(o span) span {
+	if s.off == s.end {
+		return o
+	}
+	return span{min(s.off, o.off), max(s.end, o.end)}
+}
+
+func (s span) touches(off, n int64) bool { return off < s.end && off+n > s.off }
+
 // maxDirty is how many notes a zone takes before it is filled anew instead.
 const maxDirty = 256
 
 // note records a request that changes [off, off+n) while the zone is being
 // filled.
 func (z *zone) note(off, n int64, hole bool) {
-	if off >= z.end || off+n <= z.from {
+	if !(span{z.lo, z.hi}).touches(off, n) {
 		return
 	}
+	sp := span{max(off, z.lo), min(off+n, z.hi)}
 	z.mu.Lock()
 	defer z.mu.Unlock()
-	if hole || off < z.start || len(z.dirty) == maxDirty {
+	if hole || sp.off < z.start || sp.end > z.end || len(z.dirty) == maxDirty {
 		z.stale = true
 		return
 	}
-	z.dirty = append(z.dirty, span{off, min(off+n, z.end)})
+	z.dirty = append(z.dirty, sp)
 }
 
 func (z *zone) empty() bool { return z.start == z.end }
@@ -76,116 +80,9 @@ func (z *zone) empty() bool { return z.start == z.end }
 // the two is always ciphertext that neither guest nor attacker chooses.
 func sum(sector []byte) uint64 { return xxhash.Sum64(sector) }
 
-// convertLoop moves the boundary from where it is to the end of the extent.
-//
-// A step is:
-//
-//  1. The zone's new form is computed in memory. Writes to it go on; they are
-//     noted, and once no more are let in, what they changed is computed again.
-//  2. The state is made durable: boundary at the zone's start, and the checksums
-//     of the new form. This also records the zone before as done.
-//  3. The new form is written over the old one and made durable; meanwhile step 1
-//     of the next zone goes on. Reads come from memory.
-//
-// Killed in 3, each sector of the zone has its old or its new form, and the
-// checksums tell which: see recoverZone. Holes have no form and are not written;
-// a long one is skipped by starting the next zone behind it.
-//
-// Beside a busy guest zones are small, each is recorded as done at once, and the
-// conversion rests before the next one.
-func (d *Disk) convertLoop(ctx context.Context, report func(Progress)) error {
-	if d.state.cur.Load().hotLen > 0 { // left by a failed write of this process
-		if err := d.recoverZone(); err != nil {
-			return err
-		}
-	}
-	p := d.startProgress(report)
-	bufs := [2][]byte{make([]byte, d.opts.zone), make([]byte, d.opts.zone)}
-	// A trim of this process's predecessor that made a hole must not be undone by
-	// a power cut once the boundary is behind it.
-	if err := d.ext.sync(); err != nil {
-		return d.interrupt(err)
-	}
-	guest := d.ext.requests.Load()
-	length := d.opts.zone
-	z, err := d.layout(d.state.cur.Load().boundary, length, bufs[0])
-	if err != nil {
-		return d.interrupt(err)
-	}
-	d.fill(z)
-	for i := 1; z.failed == nil && ctx.Err() == nil; i++ {
-		began := time.Now()
-		if z.failed = d.freeze(z); z.failed != nil || z.empty() {
-			break
-		}
-		s := *d.state.cur.Load()
-		s.boundary, s.hot, s.hotLen, s.sums = z.start, z.start, z.end-z.start, z.sums
-		if err := d.writeState(&s); err != nil {
-			return d.interrupt(err)
-		}
-		d.ext.set(func() { d.ext.boundary, d.ext.hot = z.start, z })
-		d.at("convert.hot")
-
-		now := d.ext.requests.Load()
-		busy := now != guest
-		guest = now
-		length = d.opts.zone
-		if busy {
-			length = min(length, busyZone)
-		}
-		var next *zone
-		filled := make(chan struct{})
-		if !busy {
-			if next, err = d.layout(z.end, length, bufs[i%2]); err != nil {
-				return d.interrupt(err)
-			}
-			d.at("convert.laid")
-			go func() { d.fill(next); close(filled) }()
-		}
-		err = d.put(z, z.data, busy)
-		if !busy {
-			<-filled
-		}
-		if err != nil {
-			return d.interrupt(err)
-		}
-		p.zoneDone(z)
-		if busy {
-			if err := d.advance(z.end); err != nil {
-				return err
-			}
-			rest(ctx, min(courtesy*time.Since(began), maxRest))
-			if next, err = d.layout(z.end, length, bufs[i%2]); err != nil {
-				return d.interrupt(err)
-			}
-			d.fill(next)
-			d.at("convert.laid")
-		}
-		z = next
-	}
-	// The zone before z is durable.
-	if why := cmp.Or(z.failed, ctx.Err()); why != nil {
-		s := d.state.cur.Load()
-		if err := d.advance(s.boundary + s.hotLen); err != nil {
-			return err
-		}
-		return d.interrupt(why)
-	}
-	return d.advance(d.end())
-}
-
-func rest(ctx context.Context, t time.Duration) {
-	timer := time.NewTimer(t)
-	defer timer.Stop()
-	select {
-	case <-timer.C:
-	case <-ctx.Done():
-	}
-}
-
-// layout decides what the next zone is: from the first data at or behind at, at
-// most length bytes. From here on changes of it, and of the hole skipped before
-// it, are noted.
+// layout decides what the next zone is: from the data next to the boundary at, in
+// the direction that it goes, at most length bytes. From here on changes of it,
+// and of the hole skipped before it, are noted.
 func (d *Disk) layout(at, length int64, buf []byte) (z *zone, err error) {
 	d.ext.set(func() {
 		if z, err = d.find(at, length, buf); err == nil {
@@ -197,35 +94,84 @@ func (d *Disk) layout(at, length int64, buf []byte) (z *zone, err error) {
 
 // find returns a zone with its limits set.
 func (d *Disk) find(at, length int64, buf []byte) (*zone, error) {
-	data, err := d.ext.f.NextData(at)
-	if err != nil {
-		return nil, fmt.Errorf("%s: looking for data behind byte %d: %w", d.ext.name, at, err)
+	z := &zone{lo: at, hi: at}
+	if d.state.cur.Load().back {
+		end, err := d.dataBefore(at)
+		if err != nil {
+			return nil, err
+		}
+		z.end, z.start = end, max(end-length, 0)
+		z.lo = z.start
+	} else {
+		data, err := d.nextData(at)
+		if err != nil {
+			return nil, err
+		}
+		z.start = max(at, min(roundDown(data, UnitSize), d.end()))
+		z.end = min(z.start+length, d.end())
+		z.hi = z.end
 	}
-	z := &zone{from: at, start: max(at, min(roundDown(data, UnitSize), d.end()))}
-	z.end = min(z.start+length, d.end())
+	z.from, z.to = d.forms()
 	z.buf = buf[:z.end-z.start]
 	return z, nil
 }
 
-// freeze makes changes of a zone wait from now on, and its new form that of what
-// they have left.
+// forms returns what a conversion makes of what, in the direction that it goes.
+func (d *Disk) forms() (from, to *xts.Cipher) {
+	if d.state.cur.Load().back {
+		return d.next.cipher(), d.key.cipher()
+	}
+	return d.key.cipher(), d.next.cipher()
+}
+
+func (d *Disk) nextData(at int64) (int64, error) {
+	data, err := d.ext.f.NextData(at)
+	if err != nil {
+		return 0, fmt.Errorf("%s: looking for data behind byte %d: %w", d.ext.name, at, err)
+	}
+	return data, nil
+}
+
+// dataBefore returns where the last data below at ends, rounded up to a unit; 0 if
+// there is none. File systems look forward only: it looks into windows that grow
+// as long as they are empty.
+func (d *Disk) dataBefore(at int64) (int64, error) {
+	for window := int64(zoneSize); at > 0; window = min(4*window, 1<<40) {
+		from, end := max(0, at-window), int64(0)
+		for off := from; off < at; {
+			data, err := d.nextData(off)
+			if err != nil {
+				return 0, err
+			}
+			if data >= at {
+				break
+			}
+			hole, err := d.ext.f.NextHole(data)
+			if err != nil {
+				return 0, fmt.Errorf("%s: looking for a hole behind byte %d: %w", d.ext.name, data, err)
+			}
+			off = max(hole, data+1)
+			end = min(roundUp(off, UnitSize), at)
+		}
+		if end > 0 {
+			return end, nil
+		}
+		at = from
+	}
+	return 0, nil
+}
+
+// freeze makes changes of a zone wait from now on, beside those of the zone before
+// as long as that is not recorded as done, and makes its new form that of what they
+// have left.
 func (d *Disk) freeze(z *zone) error {
 	e := d.ext
-	e.set(func() { e.next, e.hotEnd = nil, z.end })
+	e.set(func() { e.next, e.frozen = nil, e.frozen.with(span{z.lo, z.hi}) })
 	d.at("convert.frozen")
 	if z.stale {
-		// The skipped hole may have got data: then the zone begins there. Its end
-		// does not move forward, for behind it nothing is frozen.
-		length := max(z.end-z.start, UnitSize)
-		anew, err := d.find(z.from, length, z.buf[:cap(z.buf)])
-		if err != nil {
+		if err := d.layoutAnew(z); err != nil {
 			return err
 		}
-		z.start = min(anew.start, z.start)
-		z.end = min(z.start+length, z.end)
-		z.buf, z.data, z.dirty = z.buf[:z.end-z.start], nil, nil
-		e.set(func() { e.hotEnd = z.end })
-		d.fill(z)
 	}
 	for _, sp := range z.dirty {
 		if err := d.refill(z, sp); err != nil {
@@ -238,13 +184,47 @@ func (d *Disk) freeze(z *zone) error {
 	return e.settle()
 }
 
+// layoutAnew is for a frozen zone of which the holes have changed: the hole that
+// was skipped may have got data, and then the zone begins there. Its far end moves
+// no further, for what is behind is not frozen.
+func (d *Disk) layoutAnew(z *zone) error {
+	length := max(z.end-z.start, UnitSize)
+	if d.state.cur.Load().back {
+		anew, err := d.find(z.hi, length, z.buf[:cap(z.buf)])
+		if err != nil {
+			return err
+		}
+		z.end = max(anew.end, z.end)
+		z.start = max(z.end-length, z.lo)
+		z.lo = z.start
+	} else {
+		anew, err := d.find(z.lo, length, z.buf[:cap(z.buf)])
+		if err != nil {
+			return err
+		}
+		z.start = min(anew.start, z.start)
+		z.end = min(z.start+length, z.hi)
+		z.hi = z.end
+	}
+	z.buf, z.data, z.dirty = z.buf[:z.end-z.start], nil, nil
+	d.ext.set(func() {
+		if e := d.ext; d.state.cur.Load().back {
+			e.frozen.off = z.lo
+		} else {
+			e.frozen.end = z.hi
+		}
+	})
+	d.fill(z)
+	return nil
+}
+
 // refill computes the new form of a span once more.
 func (d *Disk) refill(z *zone, sp span) error {
 	p := z.buf[sp.off-z.start : sp.end-z.start]
 	if err := readFull(d.ext.f, p, sp.off); err != nil {
 		return fmt.Errorf("%s: reading %d bytes at %d: %w", d.ext.name, len(p), sp.off, err)
 	}
-	reform(p, sp.off, d.key.cipher(), d.next.cipher())
+	reform(p, sp.off, z.from, z.to)
 	for a := int64(0); a < int64(len(p)); a += SectorSize {
 		z.sums[(sp.off-z.start+a)/SectorSize] = sum(p[a:][:SectorSize])
 	}
@@ -287,7 +267,7 @@ func (d *Disk) fill(z *zone) {
 			if err := readFull(d.ext.f, p, sp.off); err != nil {
 				return fmt.Errorf("%s: reading %d bytes at %d: %w", d.ext.name, len(p), sp.off, err)
 			}
-			reform(p, sp.off, d.key.cipher(), d.next.cipher())
+			reform(p, sp.off, z.from, z.to)
 		}
 		z.sums = make([]uint64, len(z.buf)/SectorSize)
 		for i := range z.sums {
@@ -316,7 +296,7 @@ func reform(p []byte, off int64, from, to *xts.Cipher) {
 
 // put writes spans of a zone's new form and makes them durable: with a sync of
 // the file, or beside a busy guest, whose own writes it would have to wait for,
-// each for itself.
+// each for itself. It reads back what storage then has.
 func (d *Disk) put(z *zone, spans []span, busy bool) error {
 	alone := busy && len(spans) <= manySpans
 	for _, sp := range spans {
@@ -338,132 +318,31 @@ func (d *Disk) put(z *zone, spans []span, busy bool) error {
 			return err
 		}
 	}
+	d.at("convert.synced")
+	if err := d.verify(z, spans); err != nil {
+		return err
+	}
 	if !busy {
 		d.ext.f.Forget(z.start, z.end-z.start)
 	}
-	d.at("convert.synced")
 	return nil
 }
 
-// advance records that everything below boundary has its new form, and lets
-// waiting requests go.
-func (d *Disk) advance(boundary int64) error {
-	if err := d.ext.settle(); err != nil {
-		return d.interrupt(err)
+// verify compares storage with what was written to it. The page cache is told to
+// forget that, so that it cannot answer.
+func (d *Disk) verify(z *zone, spans []span) error {
+	d.ext.f.Forget(z.start, z.end-z.start)
+	buf := make([]byte, min(chunk, z.end-z.start))
+	for _, sp := range spans {
+		for off := sp.off; off < sp.end; off += chunk {
+			p := buf[:min(chunk, sp.end-off)]
+			if err := readFull(d.ext.f, p, off); err != nil {
+				return fmt.Errorf("%s: reading back %d bytes at %d: %w", d.ext.name, len(p), off, err)
+			}
+			if !bytes.Equal(p, z.buf[off-z.start:][:len(p)]) {
+				return d.ext.fail(fmt.Errorf("storage returns other bytes at %d to %d than it was given", off, off+int64(len(p))))
+			}
+		}
 	}
-	s := *d.state.cur.Load()
-	s.boundary, s.hot, s.hotLen, s.sums = boundary, 0, 0, nil
-	if err := d.writeState(&s); err != nil {
-		return d.interrupt(err)
-	}
-	d.release(nil)
-	d.at("convert.advanced")
 	return nil
-}
-
-// interrupt ends a conversion that cannot go on. If the last zone may be
-// half-written, requests to it fail with why until the conversion is resumed:
-// only the checksums can tell its sectors apart.
-func (d *Disk) interrupt(why error) error {
-	d.release(why)
-	if dead := d.ext.dead.Load(); dead != nil {
-		return why
-	}
-	return &Error{Kind: ErrConverting, File: d.ext.name, Why: fmt.Sprintf("its conversion stopped at byte %d", d.state.cur.Load().boundary), Cause: why,
-		Fix: "remove the cause and resume the conversion; nothing is lost"}
-}
-
-// release makes the limits those of the durable state. Requests to a hot zone
-// that is left fail with why.
-func (d *Disk) release(why error) {
-	s := d.state.cur.Load()
-	d.ext.set(func() {
-		d.ext.boundary, d.ext.hotEnd, d.ext.hot, d.ext.next, d.ext.stuck = s.boundary, s.hot+s.hotLen, nil, nil, nil
-		if s.hotLen > 0 {
-			d.ext.stuck = why
-		}
-	})
-}
-
-// recoverZone finishes the hot zone that a crash, or a failed write, has left. A
-// sector that matches its checksum has its new form; anything else is in the old
-// one and is converted.
-//
-// The old form need not be what the checksum was made from: a power cut takes a
-// write that nobody has flushed, and then the sector is still in the old form,
-// only older. So before converted sectors are written, their own checksums are
-// made durable: otherwise, after a crash in here, such a sector would match
-// nothing and be converted twice.
-func (d *Disk) recoverZone() error {
-	s := *d.state.cur.Load()
-	z := &zone{start: s.hot, end: s.hot + s.hotLen, buf: make([]byte, s.hotLen)}
-	if err := readFull(d.ext.f, z.buf, z.start); err != nil {
-		return fmt.Errorf("%s: reading the hot zone at %d: %w", d.ext.name, z.start, err)
-	}
-	var old []span
-	for i, want := range s.sums {
-		a := int64(i) * SectorSize
-		if sum(z.buf[a:][:SectorSize]) == want {
-			continue
-		}
-		if n := len(old); n > 0 && old[n-1].end == z.start+a {
-			old[n-1].end += SectorSize
-		} else {
-			old = append(old, span{z.start + a, z.start + a + SectorSize})
-		}
-	}
-	sums := slices.Clone(s.sums)
-	for _, sp := range old {
-		p := z.buf[sp.off-z.start : sp.end-z.start]
-		reform(p, sp.off, d.key.cipher(), d.next.cipher())
-		for a := 0; a < len(p); a += SectorSize {
-			sums[(sp.off-z.start)/SectorSize+int64(a/SectorSize)] = sum(p[a:][:SectorSize])
-		}
-	}
-	if !slices.Equal(sums, s.sums) {
-		s.sums = sums
-		if err := d.writeState(&s); err != nil {
-			return err
-		}
-	}
-	d.at("recover.sums")
-	if err := d.put(z, old, false); err != nil {
-		return err
-	}
-	return d.advance(z.end)
-}
-
-// Progress says how far a conversion is.
-type Progress struct {
-	Kind        Conversion
-	Done, Total int64   // bytes of the extent, holes included
-	Rate        float64 // bytes per second that were really rewritten, since it was started or resumed
-}
-
-type progress struct {
-	report    func(Progress)
-	kind      Conversion
-	total     int64
-	began     time.Time
-	rewritten int64
-}
-
-func (d *Disk) startProgress(report func(Progress)) *progress {
-	p := &progress{report: report, kind: d.kind, total: d.end(), began: time.Now()}
-	p.say(d.state.cur.Load().boundary)
-	return p
-}
-
-func (p *progress) zoneDone(z *zone) {
-	for _, sp := range z.data {
-		p.rewritten += sp.end - sp.off
-	}
-	p.say(z.end)
-}
-
-func (p *progress) say(done int64) {
-	if p.report != nil {
-		elapsed := max(time.Since(p.began), time.Millisecond)
-		p.report(Progress{p.kind, done, p.total, float64(p.rewritten) / elapsed.Seconds()})
-	}
 }
