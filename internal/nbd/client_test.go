@@ -223,6 +223,7 @@ type reply struct {
 	hole    bool
 	chunks  int // of content or with an offset
 	extents []extent
+	changed []extent // of bitmaps
 }
 
 type extent struct {
@@ -265,11 +266,19 @@ func (c *client) receive(n int) (r reply) {
 	case chunkOffsetHole:
 		part = chunk{off: binary.BigEndian.Uint64(b), data: make([]byte, binary.BigEndian.Uint32(b[8:])), hole: true}
 	case chunkBlockStatus:
-		if id := binary.BigEndian.Uint32(b); id != metaAllocationID {
-			c.t.Fatalf("block status of context %d", id)
-		}
+		id := binary.BigEndian.Uint32(b)
 		for b = b[4:]; len(b) > 0; b = b[8:] {
-			r.extents = append(r.extents, extent{binary.BigEndian.Uint32(b), Status(binary.BigEndian.Uint32(b[4:]))})
+			e := extent{binary.BigEndian.Uint32(b), Status(binary.BigEndian.Uint32(b[4:]))}
+			if id == metaAllocationID {
+				r.extents = append(r.extents, e)
+			} else {
+				r.changed = append(r.changed, e)
+			}
+		}
+		if flags&chunkDone == 0 { // of one context, and more come
+			next := c.receive(n)
+			r.extents, r.changed = append(r.extents, next.extents...), append(r.changed, next.changed...)
+			return r
 		}
 	case chunkError:
 		r.err = errno(binary.BigEndian.Uint32(b))

@@ -3,6 +3,7 @@ package nbd
 import (
 	"bufio"
 	"context"
+	"crypto/tls"
 	"errors"
 	"io"
 	"net"
@@ -13,12 +14,16 @@ import (
 // conn is one client: first its handshake, then its workers (see worker.go).
 type conn struct {
 	srv   *Server
-	nc    net.Conn      // during the handshake
+	nc    net.Conn      // as it was accepted; in the transmission phase w has it
+	tls   *tls.Config   // what a client must do first; nil on a unix socket
 	exp   *Export       // guarded by srv.mu during the handshake, fixed after it
 	stop  chan struct{} // closed when no further request may begin
 	ended chan struct{} // closed when everything is over
 
-	structured, meta bool
+	number int // counts the server's connections
+
+	structured bool
+	contexts   contexts
 
 	mu      sync.Mutex // guards the fields below
 	w       wire       // nil before the transmission phase and after its end
@@ -31,9 +36,9 @@ type conn struct {
 	out outbox
 }
 
-func newConn(s *Server, nc net.Conn) *conn {
+func newConn(s *Server, nc net.Conn, secure *tls.Config) *conn {
 	return &conn{
-		srv: s, nc: nc,
+		srv: s, nc: nc, tls: secure,
 		stop:  make(chan struct{}),
 		ended: make(chan struct{}),
 		crew:  newCrew(),
@@ -43,20 +48,20 @@ func newConn(s *Server, nc net.Conn) *conn {
 // run serves the client until it leaves or the connection is ended.
 func (c *conn) run(ctx context.Context) {
 	log := c.srv.opt.Logger
-	left, err := c.negotiate()
+	h, err := c.negotiate()
 	if err != nil {
 		_ = c.nc.Close() // nothing is owed to the client
 		if !hungUp(err) && !c.stopping() {
-			log.Warn("nbd: negotiation failed", "error", err)
+			c.srv.warn("nbd: negotiation failed", "error", err)
 		}
 		return
 	}
-	if err := c.begin(ctx, left); err != nil {
+	if err := c.begin(ctx, h); err != nil {
 		_ = c.nc.Close()
 		log.Warn("nbd: taking over a connection failed", "export", c.exp.name, "error", err)
 		return
 	}
-	log.Info("nbd: client connected", "export", c.exp.name)
+	log.Info("nbd: client connected", "export", c.exp.name, "peer", h.peer)
 	c.transmit()
 	c.finish()
 	if !hungUp(c.err) && !c.stopping() {
@@ -66,36 +71,36 @@ func (c *conn) run(ctx context.Context) {
 	}
 }
 
-// negotiate runs the handshake and returns the reader, which may hold bytes
-// that follow it.
-func (c *conn) negotiate() (*bufio.Reader, error) {
+// negotiate runs the handshake and returns it; its reader may hold bytes that
+// follow it.
+func (c *conn) negotiate() (*handshake, error) {
 	if err := c.nc.SetDeadline(time.Now().Add(c.srv.opt.HandshakeTimeout)); err != nil {
 		return nil, err
 	}
-	h := handshake{conn: c, srv: c.srv, r: bufio.NewReader(c.nc), w: c.nc}
+	h := &handshake{conn: c, srv: c.srv, stream: c.nc, r: bufio.NewReader(c.nc)}
 	a, err := h.run()
 	if err != nil {
 		return nil, err
 	}
-	c.structured, c.meta = a.structured, a.meta
-	return h.r, c.nc.SetDeadline(time.Time{})
+	c.structured, c.contexts = a.structured, a.contexts
+	return h, c.nc.SetDeadline(time.Time{})
 }
 
 // begin enters the transmission phase.
-func (c *conn) begin(ctx context.Context, left *bufio.Reader) error {
+func (c *conn) begin(ctx context.Context, h *handshake) error {
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	if c.stopped {
 		return errShutdown
 	}
-	w, err := newWire(c.nc)
+	w, err := newWire(h.stream)
 	if err != nil {
 		return err
 	}
 	c.w = w
 	c.ctx, c.cancel = context.WithCancel(ctx)
 	c.out.init()
-	return c.in.init(left)
+	return c.in.init(h.r)
 }
 
 // finish leaves the transmission phase, in which nobody is any more.

@@ -184,3 +184,10 @@ func (d *memDisk) durable() bool {
 	defer d.mu.RUnlock()
 	return bytes.Equal(d.data, d.flushed)
 }
+
+// powerCut returns what a power cut would leave.
+func (d *memDisk) powerCut() []byte {
+	d.mu.RLock()
+	defer d.mu.RUnlock()
+	return bytes.Clone(d.flushed)
+}

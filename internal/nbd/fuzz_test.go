@@ -61,7 +61,7 @@ func FuzzConnection(f *testing.F) {
 			t.Fatal(err)
 		}
 		ours, theirs := socketPair(t)
-		s.start(context.Background(), theirs)
+		s.start(context.Background(), theirs, nil)
 		read := make(chan error, 1)
 		go func() {
 			_, err := io.Copy(io.Discard, ours)

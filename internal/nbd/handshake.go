@@ -6,6 +6,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"net"
 	"strings"
 )
 
@@ -20,22 +21,23 @@ var errHangUp = errors.New("nbd: client ended the negotiation")
 
 // handshake is the state of one negotiation.
 type handshake struct {
-	conn *conn
-	srv  *Server
-	r    *bufio.Reader
-	w    io.Writer
+	conn   *conn
+	srv    *Server
+	stream net.Conn // in TLS after STARTTLS
+	r      *bufio.Reader
+	peer   string // who the client's certificate says it is
 
 	noZeroes   bool
-	structured bool   // STRUCTURED_REPLY was agreed on
-	metaExport string // what the last SET_META_CONTEXT was for
-	meta       bool   // it chose base:allocation
+	structured bool     // STRUCTURED_REPLY was agreed on
+	metaExport string   // what the last SET_META_CONTEXT was for
+	chosen     contexts // by it
 }
 
 // agreement is what a negotiation ended with.
 type agreement struct {
 	exp        *Export
 	structured bool
-	meta       bool
+	contexts   contexts
 }
 
 // run negotiates until the client has chosen an export.
@@ -44,7 +46,7 @@ func (h *handshake) run() (agreement, error) {
 	binary.BigEndian.PutUint64(hello[0:], magicInit)
 	binary.BigEndian.PutUint64(hello[8:], magicOption)
 	binary.BigEndian.PutUint16(hello[16:], flagFixedNewstyle|flagNoZeroes)
-	if _, err := h.w.Write(hello[:]); err != nil {
+	if _, err := h.stream.Write(hello[:]); err != nil {
 		return agreement{}, err
 	}
 	var b [4]byte
@@ -62,7 +64,11 @@ func (h *handshake) run() (agreement, error) {
 			return agreement{}, err
 		}
 		if exp != nil {
-			return agreement{exp: exp, structured: h.structured, meta: h.meta && h.metaExport == exp.name}, nil
+			a := agreement{exp: exp, structured: h.structured}
+			if h.metaExport == exp.name {
+				a.contexts = h.chosen
+			}
+			return a, nil
 		}
 	}
 	return agreement{}, fmt.Errorf("nbd: no export chosen after %d options", maxOptions)
@@ -92,7 +98,15 @@ func (h *handshake) option() (*Export, error) {
 		}
 		return nil, h.refuse(opt, repErrShutdown, "the server is shutting down")
 	}
+	if h.conn.tls != nil && h.stream == h.conn.nc && opt != optStartTLS && opt != optAbort {
+		if opt == optExportName {
+			return nil, errors.New("nbd: client asks for an export without TLS")
+		}
+		return nil, h.refuse(opt, repErrTLSReqd, "this server wants TLS with a client certificate first")
+	}
 	switch opt {
+	case optStartTLS:
+		return nil, h.startTLS(data)
 	case optExportName:
 		return h.exportName(string(data))
 	case optAbort:
@@ -127,7 +141,7 @@ func (h *handshake) exportName(name string) (*Export, error) {
 	if !h.noZeroes {
 		b = b[:134]
 	}
-	_, err := h.w.Write(b)
+	_, err := h.stream.Write(b)
 	return exp, err
 }
 
@@ -175,51 +189,6 @@ func (h *handshake) info(opt option, data []byte) (*Export, error) {
 	return exp, nil
 }
 
-// metaContext answers LIST_META_CONTEXT and SET_META_CONTEXT: export name,
-// 32-bit count, queries. The only context is base:allocation; "base:" asks for
-// all of the name space in a list. A list without queries asks for everything.
-func (h *handshake) metaContext(opt option, data []byte) error {
-	if opt == optSetMetaContext {
-		h.meta = false // even a refused request ends the earlier choice
-	}
-	if !h.structured {
-		return h.refuse(opt, repErrInvalid, "agree on structured replies first")
-	}
-	name, rest, ok := cutString(data)
-	if !ok || len(rest) < 4 {
-		return h.refuse(opt, repErrInvalid, "malformed request for metadata contexts")
-	}
-	count, rest := binary.BigEndian.Uint32(rest), rest[4:]
-	found := opt == optListMetaContext && count == 0
-	for ; count > 0; count-- {
-		var query string
-		if query, rest, ok = cutString(rest); !ok {
-			return h.refuse(opt, repErrInvalid, "malformed query for metadata contexts")
-		}
-		if query == metaAllocation || opt == optListMetaContext && query == "base:" {
-			found = true
-		}
-	}
-	if len(rest) != 0 {
-		return h.refuse(opt, repErrInvalid, "data after the last query")
-	}
-	if h.srv.claim(name, h.conn) == nil {
-		return h.refuse(opt, repErrUnknown, fmt.Sprintf("no export %q", clip(name)))
-	}
-	if found {
-		id := uint32(0)
-		if opt == optSetMetaContext {
-			id = metaAllocationID
-			h.meta, h.metaExport = true, name
-		}
-		b := binary.BigEndian.AppendUint32(nil, id)
-		if err := h.reply(opt, repMetaContext, append(b, metaAllocation...)); err != nil {
-			return err
-		}
-	}
-	return h.reply(opt, repAck, nil)
-}
-
 func (h *handshake) transmissionFlags(exp *Export) uint16 {
 	flags := uint16(flagHasFlags | flagSendFlush | flagSendFUA | flagCanMultiConn)
 	if exp.readOnly {
@@ -243,7 +212,7 @@ func (h *handshake) reply(opt option, kind uint32, data []byte) error {
 	b = binary.BigEndian.AppendUint32(b, uint32(opt))
 	b = binary.BigEndian.AppendUint32(b, kind)
 	b = binary.BigEndian.AppendUint32(b, uint32(len(data)))
-	_, err := h.w.Write(append(b, data...))
+	_, err := h.stream.Write(append(b, data...))
 	return err
 }
 

@@ -33,7 +33,7 @@ func TestOptions(t *testing.T) {
 		{"info with a name beyond its data", false, optInfo, be32(5), repErrInvalid, 0},
 		{"info with too few requests", false, optInfo, append(wireString("disk"), be16(2)...), repErrInvalid, 0},
 		{"info with bytes to spare", false, optInfo, append(infoRequest("disk"), 0), repErrInvalid, 0},
-		{"TLS", false, 5, nil, repErrUnsup, 0},
+		{"TLS on a unix socket", false, optStartTLS, nil, repErrPolicy, 0},
 		{"peek", false, 4, []byte("disk"), repErrUnsup, 0},
 		{"extended headers", true, 11, nil, repErrUnsup, 0},
 		{"unknown", false, 0xfffffff0, bytes.Repeat([]byte{7}, maxOptionData), repErrUnsup, 0},

@@ -245,37 +245,3 @@ func TestServeContext(t *testing.T) {
 		t.Error("Serve has not closed its listener")
 	}
 }
-
-// The server serves other kinds of connections as well.
-func TestTCP(t *testing.T) {
-	disk := randomDisk(t, 4<<20)
-	s, _, _ := serve(t, disk, Options{}, false)
-	l, err := net.Listen("tcp", "127.0.0.1:0")
-	if err != nil {
-		t.Fatal(err)
-	}
-	go func() { _ = s.Serve(context.Background(), l) }() // ends with the other listener's
-	nc, err := net.Dial("tcp", l.Addr().String())
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer nc.Close()
-	_ = nc.SetDeadline(time.Now().Add(10 * time.Second))
-	c := &client{t: t, c: nc}
-	c.read(18)
-	c.write(be32(3))
-	c.structuredReplies()
-	c.transmit("disk")
-	want := disk.all()
-	if !bytes.Equal(c.mustRead(0, 4<<20), want) {
-		t.Error("wrong data")
-	}
-	c.mustWrite(0, want[1<<20:3<<20])
-	if !bytes.Equal(c.mustRead(0, 2<<20), want[1<<20:3<<20]) {
-		t.Error("wrong data after a write")
-	}
-	if err := s.Shutdown(soon(t)); err != nil {
-		t.Errorf("Shutdown: %v", err)
-	}
-	c.closed()
-}

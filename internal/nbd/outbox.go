@@ -68,7 +68,7 @@ func (c *conn) admit(r *request) error {
 		case cmdRead, cmdWrite:
 			r.cost = int(r.n)
 		case cmdBlockStatus:
-			r.cost = 4 + 8*maxExtents
+			r.cost = c.contexts.count() * statusSize
 		}
 	}
 	c.makeRoom(r)

@@ -43,6 +43,7 @@ const (
 	optExportName      option = 1
 	optAbort           option = 2
 	optList            option = 3
+	optStartTLS        option = 5
 	optInfo            option = 6
 	optGo              option = 7
 	optStructuredReply option = 8
@@ -56,7 +57,9 @@ const (
 	repInfo        = 3
 	repMetaContext = 4
 	repErrUnsup    = 1<<31 + 1
+	repErrPolicy   = 1<<31 + 2
 	repErrInvalid  = 1<<31 + 3
+	repErrTLSReqd  = 1<<31 + 5
 	repErrUnknown  = 1<<31 + 6
 	repErrShutdown = 1<<31 + 7
 )
@@ -66,10 +69,15 @@ const (
 	infoBlockSize = 3
 )
 
-// The one metadata context and the id it has on every connection.
+// Metadata contexts. base:allocation has the same id on every connection; the
+// bitmaps that a client chooses have the next ones. Those of QEMU's name space
+// are specified in https://gitlab.com/qemu-project/qemu/-/blob/master/docs/interop/nbd.txt
 const (
 	metaAllocation   = "base:allocation"
 	metaAllocationID = 1
+	metaBase         = "base:"              // in a list: all of the name space
+	metaQEMU         = "qemu:"              // likewise
+	metaBitmap       = "qemu:dirty-bitmap:" // and the bitmap's name
 )
 
 type command uint16

@@ -24,21 +24,20 @@ type request struct {
 	head     [96]byte // the reply's headers
 	headLen  int
 	tail     []byte // what follows them
-	extents  int    // descriptors in buf
-	covered  uint64 // bytes that they describe
+	status   blockStatus
 	describe func(n int64, s Status) bool
 }
 
 func newRequest() *request {
 	r := &request{}
-	r.describe = r.addExtent
+	r.describe = r.status.add
 	return r
 }
 
 func (r *request) reset(h header) {
 	r.header, r.whole = h, nil
 	r.errno, r.reason, r.silent = 0, "", false
-	r.cost, r.headLen, r.tail, r.extents, r.covered = 0, 0, nil, 0, 0
+	r.cost, r.headLen, r.tail = 0, 0, nil
 }
 
 // pieceSize is the length of the pieces that large reads and writes are served
@@ -95,7 +94,7 @@ func (c *conn) check(r *request) {
 		ranged = false
 	case cmdBlockStatus:
 		allowed |= cmdFlagReqOne
-		if !c.meta {
+		if c.contexts.count() == 0 {
 			r.refuse(eINVAL, "no metadata context was chosen")
 			return
 		}
@@ -155,36 +154,55 @@ func (c *conn) do(r *request) error {
 	if n == 0 && r.cmd != cmdFlush {
 		return nil
 	}
-	var err error
 	switch r.cmd {
 	case cmdRead:
 		return dev.ReadAt(r.buf.b[:n], off)
 	case cmdBlockStatus:
-		return dev.BlockStatus(off, n, r.describe)
+		return c.blockStatus(r)
 	case cmdFlush:
-		return dev.Flush(c.ctx)
-	case cmdWrite:
-		err = dev.WriteAt(r.buf.b[:n], off)
-		if w := r.whole; w != nil {
-			if !w.finish(err) {
-				r.silent = true
-				return nil
-			}
-			err = w.err
-			c.srv.wholes.Put(w)
+		return c.sync()
+	}
+	err := c.change(r, off, n)
+	if w := r.whole; w != nil {
+		if !w.finish(err) {
+			r.silent = true
+			return nil
 		}
-	case cmdTrim:
-		err = dev.Trim(off, n)
-	case cmdWriteZeroes:
-		err = dev.WriteZeroes(off, n, r.flags&cmdFlagNoHole == 0)
-		if errors.Is(err, errors.ErrUnsupported) && r.flags&cmdFlagFastZero == 0 {
-			err = c.writeZeroes(off, n)
-		}
+		err = w.err
+		c.srv.wholes.Put(w)
 	}
 	if err == nil && r.flags&cmdFlagFUA != 0 {
-		err = dev.Flush(c.ctx)
+		err = c.sync()
 	}
 	return err
+}
+
+// change does what changes the disk, and notes it in the bitmaps before.
+func (c *conn) change(r *request, off, n int64) error {
+	if err := c.exp.mark(off, n); err != nil {
+		return err
+	}
+	dev := c.exp.dev
+	switch r.cmd {
+	case cmdWrite:
+		return dev.WriteAt(r.buf.b[:n], off)
+	case cmdTrim:
+		return dev.Trim(off, n)
+	}
+	err := dev.WriteZeroes(off, n, r.flags&cmdFlagNoHole == 0)
+	if errors.Is(err, errors.ErrUnsupported) && r.flags&cmdFlagFastZero == 0 {
+		err = c.writeZeroes(off, n)
+	}
+	return err
+}
+
+// sync makes durable what any connection was told is written: dirtiness belongs
+// to the disk. That is what flagCanMultiConn promises.
+func (c *conn) sync() error {
+	if deaf := c.srv.opt.deafTo; deaf != nil && deaf(c.number) {
+		return nil
+	}
+	return c.exp.dev.Flush(c.ctx)
 }
 
 // zeroPiece is how much the server writes at once for a device that cannot
@@ -204,28 +222,6 @@ func (c *conn) writeZeroes(off, n int64) error {
 		n -= int64(len(p))
 	}
 	return nil
-}
-
-// addExtent puts what a device says of a range into an answer to BLOCK_STATUS.
-func (r *request) addExtent(n int64, s Status) bool {
-	left := uint64(r.n) - r.covered
-	if n <= 0 || left == 0 {
-		return false
-	}
-	part := uint32(min(uint64(n), left))
-	b := r.buf.b[4+8*r.extents:]
-	if r.extents > 0 && Status(binary.BigEndian.Uint32(r.buf.b[8*r.extents:])) == s {
-		last := r.buf.b[8*r.extents-4:] // the length of the extent before
-		binary.BigEndian.PutUint32(last, binary.BigEndian.Uint32(last)+part)
-	} else if r.extents == maxExtents || r.extents == 1 && r.flags&cmdFlagReqOne != 0 {
-		return false
-	} else {
-		binary.BigEndian.PutUint32(b, part)
-		binary.BigEndian.PutUint32(b[4:], uint32(s&(Hole|Zero)))
-		r.extents++
-	}
-	r.covered += uint64(part)
-	return r.covered < uint64(r.n)
 }
 
 // reply encodes the answer.
@@ -250,12 +246,7 @@ func (r *request) reply(structured bool) {
 			r.tail = r.buf.b[:r.n]
 		}
 	case r.cmd == cmdBlockStatus:
-		if r.extents == 0 {
-			r.addExtent(int64(r.n), 0)
-		}
-		binary.BigEndian.PutUint32(r.buf.b, metaAllocationID)
-		r.tail = r.buf.b[:4+8*r.extents]
-		r.headLen = len(r.chunk(chunkBlockStatus, len(r.tail)))
+		r.tail = r.buf.b[:r.status.end] // chunks with their headers
 	case r.n == 0:
 		r.headLen = len(r.chunk(chunkNone, 0))
 	case isZero(r.buf.b[:r.n]):
@@ -302,14 +293,20 @@ type throttle struct {
 	skipped atomic.Int64
 }
 
+// pass says whether a message may be logged now, and how many before it were not.
+func (t *throttle) pass(now time.Time) (skipped int64, ok bool) {
+	next := t.next.Load()
+	if now.UnixNano() < next || !t.next.CompareAndSwap(next, now.Add(time.Second).UnixNano()) {
+		t.skipped.Add(1)
+		return 0, false
+	}
+	return t.skipped.Swap(0), true
+}
+
 // fault logs what a device could not do.
 func (e *Export) fault(r *request, err error) {
-	now := time.Now()
-	next := e.faults.next.Load()
-	if now.UnixNano() < next || !e.faults.next.CompareAndSwap(next, now.Add(time.Second).UnixNano()) {
-		e.faults.skipped.Add(1)
-		return
+	if similar, ok := e.faults.pass(time.Now()); ok {
+		e.srv.opt.Logger.Error("nbd: device failed", "export", e.name, "command", r.cmd.String(),
+			"offset", r.off, "length", r.n, "error", err, "similar", similar)
 	}
-	e.srv.opt.Logger.Error("nbd: device failed", "export", e.name, "command", r.cmd.String(),
-		"offset", r.off, "length", r.n, "error", err, "similar", e.faults.skipped.Swap(0))
 }

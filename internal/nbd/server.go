@@ -2,6 +2,7 @@ package nbd
 
 import (
 	"context"
+	"crypto/tls"
 	"errors"
 	"fmt"
 	"log/slog"
@@ -17,6 +18,10 @@ type Options struct {
 	HandshakeTimeout time.Duration // for the whole negotiation; 10 s
 	MaxConns         int           // connections at once, over all exports; 64
 	Parallel         int           // requests of one connection that are served at once; 16
+
+	// deafTo is a bug that tests put in to see that they find it: a flush of
+	// these connections, counted from 0, is acknowledged and not done.
+	deafTo func(conn int) bool
 }
 
 // Server serves exports to any number of connections. Its methods may be
@@ -30,7 +35,11 @@ type Server struct {
 	exports   map[string]*Export
 	listeners map[net.Listener]bool
 	conns     map[*conn]bool
+	strangers []*conn // those of conns that have not shown who they are, oldest first
+	started   int     // connections so far
 	shut      bool
+
+	refusals throttle
 }
 
 var errShutdown = errors.New("nbd: server is shut down")
@@ -65,6 +74,8 @@ type Export struct {
 	readOnly bool
 	gate     gate
 	faults   throttle
+	tracked  bitmapList // marked before every change
+	offered  bitmapList // what clients may ask for; holds tracked
 }
 
 // Add offers dev under name; the empty name is what a client gets that asks
@@ -147,10 +158,20 @@ func (s *Server) draining() bool {
 	return s.shut
 }
 
-// Serve accepts connections from l until ctx ends or the server is shut down,
-// and closes l. It returns nil when the server is shut down, before or during
-// it. The end of ctx cuts every connection of the server.
+// Serve accepts connections from l, a unix socket, until ctx ends or the server
+// is shut down, and closes l. Who may connect is what the socket's folder and mode
+// say. It returns nil when the server is shut down, before or during it. The end
+// of ctx cuts every connection of the server.
 func (s *Server) Serve(ctx context.Context, l net.Listener) error {
+	if network := l.Addr().Network(); network != "unix" {
+		_ = l.Close() // never used
+		return fmt.Errorf("nbd: a disk is not served in clear over %s (%s): use TLS, or a unix socket", network, l.Addr())
+	}
+	return s.serve(ctx, l, nil)
+}
+
+// serve is Serve and ServeTLS.
+func (s *Server) serve(ctx context.Context, l net.Listener, secure *tls.Config) error {
 	defer func() { _ = l.Close() }() // it may be closed already
 	s.mu.Lock()
 	if s.shut {
@@ -159,6 +180,11 @@ func (s *Server) Serve(ctx context.Context, l net.Listener) error {
 	}
 	s.listeners[l] = true
 	s.mu.Unlock()
+	defer func() {
+		s.mu.Lock()
+		delete(s.listeners, l)
+		s.mu.Unlock()
+	}()
 	stop := context.AfterFunc(ctx, func() {
 		_ = l.Close()
 		s.cut()
@@ -168,7 +194,7 @@ func (s *Server) Serve(ctx context.Context, l net.Listener) error {
 		c, err := l.Accept()
 		switch {
 		case err == nil:
-			s.start(ctx, c)
+			s.start(ctx, c, secure)
 		case ctx.Err() != nil:
 			return ctx.Err()
 		case s.draining():
@@ -176,7 +202,7 @@ func (s *Server) Serve(ctx context.Context, l net.Listener) error {
 		case errors.Is(err, net.ErrClosed):
 			return fmt.Errorf("nbd: listener was closed: %w", err)
 		default: // out of descriptors, or a client that left in the queue
-			s.opt.Logger.Warn("nbd: accepting a connection failed", "error", err)
+			s.warn("nbd: accepting a connection failed", "error", err)
 			select {
 			case <-ctx.Done():
 			case <-time.After(100 * time.Millisecond):
@@ -185,28 +211,76 @@ func (s *Server) Serve(ctx context.Context, l net.Listener) error {
 	}
 }
 
-// start runs a connection.
-func (s *Server) start(ctx context.Context, nc net.Conn) {
-	c := newConn(s, nc)
+// start runs a connection; secure is nil on a unix socket.
+func (s *Server) start(ctx context.Context, nc net.Conn, secure *tls.Config) {
+	c := newConn(s, nc, secure)
 	s.mu.Lock()
-	if s.shut || len(s.conns) >= s.opt.MaxConns {
-		full := !s.shut
+	if s.shut {
 		s.mu.Unlock()
 		_ = nc.Close() // never used
-		if full {
-			s.opt.Logger.Warn("nbd: connection refused, too many are open", "limit", s.opt.MaxConns)
-		}
 		return
 	}
+	c.number = s.started
+	s.started++
 	s.conns[c] = true
+	s.strangers = append(s.strangers, c)
+	var oldest *conn
+	if secure == nil {
+		if !s.admitLocked(c) {
+			delete(s.conns, c)
+			s.mu.Unlock()
+			_ = nc.Close() // never used
+			s.warn("nbd: connection refused, too many are open", "limit", s.opt.MaxConns)
+			return
+		}
+	} else if len(s.strangers) > maxStrangers {
+		oldest = s.strangers[0]
+		s.strangers = s.strangers[1:]
+	}
 	s.mu.Unlock()
+	if oldest != nil {
+		oldest.cut()
+		s.warn("nbd: too many connections wait for TLS, the oldest was closed", "limit", maxStrangers)
+	}
 	go func() {
 		c.run(ctx)
 		s.mu.Lock()
 		delete(s.conns, c)
+		s.forgetLocked(c)
 		s.mu.Unlock()
 		close(c.ended)
 	}()
+}
+
+// maxStrangers bounds the connections that have not shown a certificate. They do
+// not count as connections of clients: who has none cannot keep those out who
+// have. When there are more, the oldest goes.
+const maxStrangers = 64
+
+// admit counts a connection as a client's, if there is room.
+func (s *Server) admit(c *conn) bool {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return s.admitLocked(c)
+}
+
+func (s *Server) admitLocked(c *conn) bool {
+	s.forgetLocked(c)
+	clients := len(s.conns) - len(s.strangers) // c among them
+	return clients <= s.opt.MaxConns
+}
+
+func (s *Server) forgetLocked(c *conn) {
+	if i := slices.Index(s.strangers, c); i >= 0 {
+		s.strangers = slices.Delete(s.strangers, i, i+1)
+	}
+}
+
+// warn logs what strangers can cause as often as they like, once a second.
+func (s *Server) warn(text string, args ...any) {
+	if similar, ok := s.refusals.pass(time.Now()); ok {
+		s.opt.Logger.Warn(text, append(args, "similar", similar)...)
+	}
 }
 
 // Shutdown stops accepting, lets every connection answer the requests that it

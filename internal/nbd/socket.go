@@ -1,9 +1,10 @@
 package nbd
 
 import (
+	"crypto/tls"
+	"fmt"
 	"io"
 	"net"
-	"time"
 	"unsafe"
 
 	"golang.org/x/sys/unix"
@@ -28,10 +29,13 @@ type wire interface {
 
 // newWire takes over c.
 func newWire(c net.Conn) (wire, error) {
-	if u, ok := c.(*net.UnixConn); ok {
-		return newUnixWire(u)
+	switch c := c.(type) {
+	case *net.UnixConn:
+		return newUnixWire(c)
+	case *tls.Conn:
+		return newTLSWire(c), nil
 	}
-	return &netWire{c}, nil
+	return nil, fmt.Errorf("nbd: no way to serve a %T", c)
 }
 
 // unixWire does blocking system calls on the socket. Waiting in read(2) costs
@@ -133,23 +137,3 @@ func (w *unixWire) Writev(list [][]byte) error {
 func (w *unixWire) StopReading() { _ = unix.Shutdown(w.fd, unix.SHUT_RD) } // fails only if the client is gone
 func (w *unixWire) Break()       { _ = unix.Shutdown(w.fd, unix.SHUT_RDWR) }
 func (w *unixWire) Close()       { _ = unix.Close(w.fd) }
-
-// netWire serves any other kind of connection through Go's poller.
-type netWire struct{ c net.Conn }
-
-func (w *netWire) Read(p []byte) (int, error) { return w.c.Read(p) }
-
-func (w *netWire) ReadFull(p []byte) error {
-	_, err := io.ReadFull(w.c, p)
-	return err
-}
-
-func (w *netWire) Writev(list [][]byte) error {
-	b := net.Buffers(list)
-	_, err := b.WriteTo(w.c)
-	return err
-}
-
-func (w *netWire) StopReading() { _ = w.c.SetReadDeadline(time.Unix(1, 0)) }
-func (w *netWire) Break()       { _ = w.c.Close() }
-func (w *netWire) Close()       { _ = w.c.Close() }

@@ -21,7 +21,7 @@ func tool(t *testing.T, name string, args ...string) []byte {
 	t.Helper()
 	path, err := exec.LookPath(name)
 	if err != nil {
-		t.Skipf("%s is missing: install libnbd-bin, fio and qemu-utils", name)
+		t.Skipf("%s is missing: install libnbd-bin, python3-libnbd, fio and qemu-utils", name)
 	}
 	ctx, cancel := context.WithTimeout(context.Background(), time.Minute)
 	defer cancel()
@@ -289,4 +289,70 @@ func TestQemuReconnects(t *testing.T) {
 		}
 	}
 	stop()
+}
+
+// libnbd's shell, which speaks every part of the protocol that libnbd knows.
+func TestNbdsh(t *testing.T) {
+	disk := newMemDisk(t, 8<<20)
+	_, exp, path := serve(t, disk, Options{}, false)
+	for _, name := range []string{"b1", "b2"} {
+		if err := exp.Track(newBitmapFor(t, name, disk)); err != nil {
+			t.Fatal(err)
+		}
+	}
+	script := `
+import errno
+for c in ["base:allocation", "qemu:dirty-bitmap:b1", "qemu:dirty-bitmap:b2"]:
+    h.add_meta_context(c)
+h.connect_uri(URI)
+assert h.get_protocol() == "newstyle-fixed" and h.get_structured_replies_negotiated()
+for f in ["can_flush", "can_fua", "can_trim", "can_zero", "can_fast_zero", "can_multi_conn", "can_df"]:
+    assert getattr(h, f)(), f
+assert not h.is_read_only() and not h.can_cache()
+assert h.get_size() == 8 << 20 and h.get_block_size(nbd.SIZE_MINIMUM) == 512
+seen = {}
+def status(context, offset, entries, err):
+    seen.setdefault(context, []).extend(entries)
+    return 0
+h.pwrite(b"x" * 65536, 1 << 20, nbd.CMD_FLAG_FUA)
+h.zero(65536, 2 << 20, nbd.CMD_FLAG_NO_HOLE | nbd.CMD_FLAG_FAST_ZERO)
+h.zero(65536, 3 << 20)
+h.trim(65536, 1 << 20)
+h.flush()
+h.block_status(8 << 20, 0, status)
+dirty = [1 << 20, 0, 65536, 1, 983040, 0, 65536, 1, 983040, 0, 65536, 1, 4 * (1 << 20) + 983040, 0]
+assert seen["qemu:dirty-bitmap:b1"] == dirty, seen
+assert seen["qemu:dirty-bitmap:b2"] == dirty, seen
+assert seen["base:allocation"] == [2 << 20, 3, 65536, 0, 6 * (1 << 20) - 65536, 3], seen
+chunks = []
+def chunk(buf, offset, status, err):
+    chunks.append((offset, len(buf), status))
+    return 0
+h.pread_structured(1 << 20, 2 << 20, chunk)
+assert sum(n for _, n, _ in chunks) == 1 << 20 and all(s == nbd.READ_HOLE for _, _, s in chunks), chunks
+h.set_strict_mode(0)
+for what, want in [
+    (lambda: h.pread(512, 8 << 20), errno.EINVAL),
+    (lambda: h.pread(100, 0), errno.EINVAL),
+    (lambda: h.pwrite(b"x" * 512, 8 << 20), errno.ENOSPC),
+    (lambda: h.flush(1 << 3), errno.EINVAL),
+]:
+    try:
+        what()
+        raise SystemExit("no error")
+    except nbd.Error as ex:
+        assert ex.errnum == want, ex
+assert h.pread(512, 0) == b"\0" * 512
+h.shutdown()
+print("conforms")
+`
+	// nbdsh itself takes whichever python3 comes first.
+	const python = "/usr/bin/python3"
+	if err := exec.Command(python, "-c", "import nbd").Run(); err != nil {
+		t.Skip("libnbd's Python module is missing: install python3-libnbd")
+	}
+	out := tool(t, python, "-m", "nbd", "-c", "URI = '"+uri(path, "disk")+"'", "-c", script)
+	if !strings.Contains(string(out), "conforms") {
+		t.Errorf("nbdsh said %q", out)
+	}
 }

@@ -265,22 +265,6 @@ func TestFUA(t *testing.T) {
 	}
 }
 
-// A flush on one connection covers what another one wrote.
-func TestFlushCoversAllConnections(t *testing.T) {
-	disk := newMemDisk(t, 1<<20)
-	_, _, path := serve(t, disk, Options{}, false)
-	a, b := connect(t, path, true), connect(t, path, false)
-	if a.flags&flagCanMultiConn == 0 {
-		t.Error("multi-conn is not offered")
-	}
-	a.mustWrite(512, bytes.Repeat([]byte{1}, 512))
-	if r := b.do(cmdFlush, 0, 0, 0, nil); r.err != 0 || !disk.durable() {
-		t.Errorf("error %d, durable %v", r.err, disk.durable())
-	}
-	if got := b.mustRead(512, 512); got[0] != 1 {
-		t.Error("a write is not seen on the other connection")
-	}
-}
 
 func TestZeroes(t *testing.T) {
 	for _, cannot := range []bool{false, true} {

@@ -7,6 +7,7 @@ import (
 	"crypto/x509"
 	"errors"
 	"fmt"
+	"slices"
 	"sync/atomic"
 	"time"
 )
@@ -139,18 +140,31 @@ func verifyChain(chain, cas []*x509.Certificate, use x509.ExtKeyUsage, now time.
 	if len(chain) == 0 {
 		return Identity{}, fmt.Errorf("pki: no certificate was shown: %w", ErrUntrusted)
 	}
+	if err := verifyUse(chain, cas, use, now); err != nil {
+		return Identity{}, err
+	}
+	return IdentityOf(chain[0])
+}
+
+// verifyUse verifies the first certificate of a chain that is not empty, which may
+// show the way to the CA.
+func verifyUse(chain, cas []*x509.Certificate, use x509.ExtKeyUsage, now time.Time) error {
 	leaf := chain[0]
 	if err := CheckValid(leaf, now); err != nil {
-		return Identity{}, fmt.Errorf("pki: %w", err)
+		return fmt.Errorf("pki: %w", err)
 	}
 	roots := x509.NewCertPool()
 	for _, ca := range cas {
 		roots.AddCert(ca)
 	}
-	if _, err := leaf.Verify(x509.VerifyOptions{Roots: roots, CurrentTime: now, KeyUsages: []x509.ExtKeyUsage{use}}); err != nil {
-		return Identity{}, fmt.Errorf("pki: certificate of %q: %w: %w", leaf.Subject, ErrUntrusted, err)
+	between := x509.NewCertPool()
+	for _, c := range chain[1:] {
+		between.AddCert(c)
 	}
-	return IdentityOf(leaf)
+	if _, err := leaf.Verify(x509.VerifyOptions{Roots: roots, Intermediates: between, CurrentTime: now, KeyUsages: []x509.ExtKeyUsage{use}}); err != nil {
+		return fmt.Errorf("pki: certificate of %q: %w: %w", leaf.Subject, ErrUntrusted, err)
+	}
+	return nil
 }
 
 func clock(now func() time.Time) func() time.Time {
@@ -179,6 +193,36 @@ func KMIPServer(c *Credentials, now func() time.Time, admit func(*x509.Certifica
 				return fmt.Errorf("pki: client %w", err)
 			}
 			return admit(leaf)
+		},
+	}
+}
+
+// DiskServer is the configuration of a server of disks (NBD), TLS 1.3: for QEMU and
+// backup programs with a certificate of one of cas, for client authentication.
+// With names, only clients that go by one of them get in: their identity, a DNS
+// name or the common name. now may be nil, for time.Now.
+func DiskServer(c *Credentials, cas []*x509.Certificate, names []string, now func() time.Time) *tls.Config {
+	return &tls.Config{
+		MinVersion:     tls.VersionTLS13,
+		GetCertificate: c.forServer,
+		ClientAuth:     tls.RequireAnyClientCert, // verified below
+		Time:           now,
+		VerifyConnection: func(s tls.ConnectionState) error {
+			if len(s.PeerCertificates) == 0 {
+				return fmt.Errorf("pki: no client certificate: %w", ErrUntrusted)
+			}
+			if err := verifyUse(s.PeerCertificates, cas, x509.ExtKeyUsageClientAuth, clock(now)()); err != nil {
+				return err
+			}
+			leaf := s.PeerCertificates[0]
+			known := append([]string{leaf.Subject.CommonName}, leaf.DNSNames...)
+			if id, err := IdentityOf(leaf); err == nil {
+				known = append(known, id.String())
+			}
+			if len(names) == 0 || slices.ContainsFunc(known, func(k string) bool { return k != "" && slices.Contains(names, k) }) {
+				return nil
+			}
+			return fmt.Errorf("pki: client %q is not among those that may use the disk: %w", leaf.Subject, ErrOtherIdentity)
 		},
 	}
 }

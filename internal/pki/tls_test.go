@@ -130,6 +130,53 @@ func TestMutual(t *testing.T) {
 	})
 }
 
+func TestDiskServer(t *testing.T) {
+	ca, otherCA := authority(t), authority(t)
+	at := func() time.Time { return now }
+	server := issue(t, ca, Grant{Name: "disks", Hosts: []string{"localhost"}, Server: true, Life: 30 * day})
+	host := Grant{Identity: Identity{RoleHost, "h1"}, Client: true, Life: day}
+	backup := Grant{Name: "backup", Hosts: []string{"backup.example"}, Client: true, Life: day}
+	for _, c := range []struct {
+		name   string
+		client *Credentials
+		names  []string
+		want   error
+	}{
+		{"anybody of the CA", issue(t, ca, backup), nil, nil},
+		{"by common name", issue(t, ca, backup), []string{"other", "backup"}, nil},
+		{"by DNS name", issue(t, ca, backup), []string{"backup.example"}, nil},
+		{"by identity", issue(t, ca, host), []string{"mortise://host/h1"}, nil},
+		{"not named", issue(t, ca, backup), []string{"other"}, ErrOtherIdentity},
+		{"of another CA", issue(t, otherCA, backup), nil, ErrUntrusted},
+		{"of another CA by name", issue(t, otherCA, backup), []string{"backup"}, ErrUntrusted},
+		{"server certificate", server, nil, ErrUntrusted},
+		{"expired", issue(t, ca, Grant{Name: "backup", Client: true, Life: time.Minute}), nil, ErrUntrusted},
+	} {
+		t.Run(c.name, func(t *testing.T) {
+			clock := at
+			if c.name == "expired" {
+				clock = func() time.Time { return now.Add(day) }
+			}
+			serverErr, clientErr := handshake(t, DiskServer(server, []*x509.Certificate{ca.Certificate()}, c.names, clock),
+				&tls.Config{InsecureSkipVerify: true, GetClientCertificate: c.client.forClient})
+			if c.name == "expired" {
+				if serverErr == nil || clientErr == nil {
+					t.Error("an expired certificate was taken")
+				}
+				return
+			}
+			if !errors.Is(serverErr, c.want) || (clientErr == nil) != (c.want == nil) {
+				t.Errorf("server: %v, client: %v; want %v", serverErr, clientErr, c.want)
+			}
+		})
+	}
+	serverErr, clientErr := handshake(t, DiskServer(server, []*x509.Certificate{ca.Certificate()}, nil, at),
+		&tls.Config{InsecureSkipVerify: true, MaxVersion: tls.VersionTLS12, GetClientCertificate: issue(t, ca, backup).forClient})
+	if serverErr == nil || clientErr == nil {
+		t.Error("TLS 1.2 was taken")
+	}
+}
+
 func TestKMIPServer(t *testing.T) {
 	key := must(GenerateKey())(t)
 	cert := must(SelfSigned(key, Grant{Server: true, Life: day, Hosts: []string{"localhost"}}, "kms", now))(t)
