@@ -34,10 +34,11 @@ import (
 
 // kmsConfig is the KMS's configuration file; flags have the same names.
 type kmsConfig struct {
-	StateDir    string `toml:"state_dir"`
-	Listen      string `toml:"listen"`
-	AdminSocket string `toml:"admin_socket"`
-	AdminListen string `toml:"admin_listen"`
+	StateDir    string   `toml:"state_dir"`
+	Listen      string   `toml:"listen"`
+	Advertise   []string `toml:"advertise"`
+	AdminSocket string   `toml:"admin_socket"`
+	AdminListen string   `toml:"admin_listen"`
 	rootKeysConfig
 	TLSCert       string   `toml:"tls_cert"`
 	TLSKey        string   `toml:"tls_key"`
@@ -96,6 +97,7 @@ Three members are one highly available key server. A new one joins with a token 
 mortise kms member add; from then on it starts without it, and gets its root keys
 from the others, so that nobody need be there when it restarts.`,
 		Example: `  mortise kms serve --passphrase-file /etc/mortise/kms.passphrase
+  mortise kms serve --advertise kms1.example.com,kms.example.com:15696 --passphrase-file …
   mortise kms serve --join TOKEN --peer-address 10.0.0.2:5698 --passphrase-file …
   mortise kms serve --config /etc/mortise/kms.toml`,
 		Args: cobra.NoArgs,
@@ -110,6 +112,7 @@ from the others, so that nobody need be there when it restarts.`,
 	f.StringVar(&config, "config", "", "configuration file (TOML)")
 	f.StringVar(&cfg.StateDir, "state-dir", "/var/lib/mortise/kms", "folder for keys and settings")
 	f.StringVar(&cfg.Listen, "listen", fmt.Sprintf(":%d", kmipd.Port), "address for KMIP over TLS")
+	f.StringSliceVar(&cfg.Advertise, "advertise", nil, "names or IP addresses by which clients reach this member, NAME or NAME:PORT, the first one first (default: the address of --listen, or the machine's name)")
 	f.StringVar(&cfg.AdminSocket, "admin-socket", kmscli.DefaultSocket, "unix socket for the administrator, root only")
 	f.StringVar(&cfg.AdminListen, "admin-listen", fmt.Sprintf(":%d", admin.Port), "address of the administration API over HTTPS; \"\" for none")
 	f.StringVar(&cfg.PassphraseFile, "passphrase-file", "", "file with the passphrase of the root keys, mode 0600")
@@ -167,6 +170,10 @@ func serveKMS(ctx context.Context, cfg kmsConfig, isDev bool) error {
 	if cfg.QuotaGiB < 1 {
 		return errors.New("--quota-gib must be at least 1")
 	}
+	reached, err := addressesForClients(cfg)
+	if err != nil {
+		return err
+	}
 	token := cfg.join
 	if file, is := strings.CutPrefix(token, "@"); is {
 		text, err := atomicfile.Read(file, 1<<16)
@@ -180,10 +187,11 @@ func serveKMS(ctx context.Context, cfg kmsConfig, isDev bool) error {
 		return err
 	}
 	defer roots.close()
-	creds, certificate, key, err := kmsCredentials(cfg)
+	creds, certificate, key, err := kmsCredentials(cfg, reached)
 	if err != nil {
 		return err
 	}
+	replaced := make(chan struct{}, 1)
 	measured := metrics.New(metrics.Options{Version: version, Logger: log, ServerCertificate: func() time.Time { return creds.Leaf().NotAfter }})
 	options.Audit.Synced = measured.AuditSynced
 	reload := make(chan os.Signal, 1)
@@ -239,7 +247,12 @@ func serveKMS(ctx context.Context, cfg kmsConfig, isDev bool) error {
 		}
 	}
 	g.Go(func() error {
-		creds.Follow(ctx, certificate, key, reload, log)
+		creds.Follow(ctx, certificate, key, reload, log, func() {
+			select {
+			case replaced <- struct{}{}:
+			default:
+			}
+		})
 		return nil
 	})
 	g.Go(func() error { return api.ServeSocket(ctx, socket) })
@@ -265,9 +278,10 @@ func serveKMS(ctx context.Context, cfg kmsConfig, isDev bool) error {
 		if err != nil {
 			return fmt.Errorf("--listen: %w", err)
 		}
-		if err := k.Publish(ctx, node.Name, hostForClients(cfg.Listen), l.Addr(), pki.Thumbprint(creds.Leaf())); err != nil {
-			log.Warn("instances will not show this member's endpoint", "error", err)
-		}
+		g.Go(func() error {
+			announce(ctx, k, node.Name, reached, l.Addr(), creds, replaced, log)
+			return nil
+		})
 		log.Info("kms is ready", "kmip", l.Addr().String(), "admin", cfg.AdminListen, "thumbprint", pki.Thumbprint(creds.Leaf()), "admin_socket", cfg.AdminSocket)
 		if _, err := daemon.SdNotify(false, daemon.SdNotifyReady); err != nil {
 			log.Warn("systemd could not be told that the server is ready", "error", err)
@@ -295,28 +309,4 @@ func auditOptions(cfg kmsConfig) (o kms.AuditOptions, err error) {
 		o.Sinks = append(o.Sinks, sink)
 	}
 	return o, nil
-}
-
-// hostForClients is by what name clients reach this machine, as far as it can
-// know: the address that it listens at, or its own name.
-func hostForClients(listen string) string {
-	host, _, err := net.SplitHostPort(listen)
-	if ip := net.ParseIP(host); err == nil && host != "" && (ip == nil || !ip.IsUnspecified()) {
-		return host
-	}
-	if name, err := os.Hostname(); err == nil {
-		return name
-	}
-	return "localhost"
-}
-
-// kmsCredentials are the server's own, and the files they are in.
-func kmsCredentials(cfg kmsConfig) (c *pki.Credentials, certificate, key string, err error) {
-	if cfg.TLSCert != "" || cfg.TLSKey != "" {
-		c, err = pki.LoadCredentials(cfg.TLSCert, cfg.TLSKey)
-		return c, cfg.TLSCert, cfg.TLSKey, err
-	}
-	c, err = endpoint(cfg.StateDir, "kmip", cfg.Listen)
-	own := filepath.Join(cfg.StateDir, "kmip.pem")
-	return c, own, own, err
 }

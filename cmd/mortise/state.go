@@ -10,6 +10,7 @@ import (
 	"os"
 	"path/filepath"
 	"runtime/debug"
+	"slices"
 	"time"
 
 	"github.com/google/uuid"
@@ -69,8 +70,9 @@ func rootKey(dir string, passphraseFile, credential string) (*rootkey.Key, error
 }
 
 // endpoint loads a role's TLS certificate for people and foreign clients, who
-// trust it by its thumbprint, or makes a self-signed one at the first start.
-func endpoint(dir, name string, listen string) (*pki.Credentials, error) {
+// trust it by its thumbprint, or makes a self-signed one at the first start. It is
+// for the machine's own names, the address it listens at, and others.
+func endpoint(dir, name string, listen string, others ...string) (*pki.Credentials, error) {
 	path := filepath.Join(dir, name+".pem")
 	if _, err := os.Lstat(path); err == nil {
 		return pki.LoadCredentials(path, path)
@@ -85,6 +87,11 @@ func endpoint(dir, name string, listen string) (*pki.Credentials, error) {
 	}
 	if h, _, err := net.SplitHostPort(listen); err == nil && h != "" && net.ParseIP(h) != nil && !net.ParseIP(h).IsUnspecified() {
 		hosts = append(hosts, h)
+	}
+	for _, h := range others {
+		if !slices.Contains(hosts, h) {
+			hosts = append(hosts, h)
+		}
 	}
 	cert, err := pki.SelfSigned(key, pki.Grant{Hosts: hosts, Server: true, Life: 5 * 365 * 24 * time.Hour}, "Mortise "+name, time.Now())
 	if err != nil {

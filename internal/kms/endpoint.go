@@ -1,12 +1,18 @@
 package kms
 
 import (
+	"cmp"
 	"context"
 	"fmt"
 	"maps"
 	"net"
+	"net/netip"
+	"regexp"
+	"slices"
 	"strconv"
 	"strings"
+
+	"mortise/internal/store"
 )
 
 // An Endpoint is where clients reach an instance at one member.
@@ -18,27 +24,69 @@ type Endpoint struct {
 	Thumbprint string `json:"thumbprint" doc:"SHA-256 of the member's server certificate, by which clients trust it"`
 }
 
+// An Address is by what clients reach a member: a DNS name or an IP address, and
+// the TCP port if that is not the one that the member listens at, as behind a
+// load balancer or a router that translates addresses.
+type Address struct {
+	Host string
+	Port int `json:",omitempty"`
+}
+
+// ParseAddress reads NAME or NAME:PORT. An IPv6 address with a port is in
+// brackets.
+func ParseAddress(text string) (a Address, err error) {
+	a.Host = strings.TrimSuffix(strings.TrimPrefix(text, "["), "]")
+	if host, port, err := net.SplitHostPort(text); err == nil {
+		n, err := strconv.ParseUint(port, 10, 16)
+		if err != nil || n == 0 {
+			return a, fmt.Errorf("kms: %w: %.300q: a port is 1 to 65535", ErrInvalid, text)
+		}
+		a.Host, a.Port = host, int(n)
+	}
+	if ip, err := netip.ParseAddr(a.Host); err == nil {
+		if ip.IsUnspecified() || ip.Zone() != "" {
+			return a, fmt.Errorf("kms: %w: no other machine connects to %.300q", ErrInvalid, text)
+		}
+		return a, nil
+	}
+	a.Host = strings.ToLower(a.Host)
+	if !dnsName.MatchString(a.Host) || len(a.Host) > 253 {
+		return a, fmt.Errorf("kms: %w: %.300q is no DNS name or IP address, with or without a port", ErrInvalid, text)
+	}
+	return a, nil
+}
+
+// dnsName is a host name (RFC 1123 §2.1).
+var dnsName = regexp.MustCompile(`^[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?(\.[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?)*$`)
+
 // memberEndpoint is what a member tells the others of itself.
 type memberEndpoint struct {
 	Host       string
 	Port       int // the shared one
 	Thumbprint string
+	Also       []Address `json:",omitempty"` // other addresses of it
 }
 
-// Publish tells all members where this one is reached: its name, the host by
-// which clients reach it, the address of its shared KMIP listener, and its
-// certificate's thumbprint.
-func (k *KMS) Publish(ctx context.Context, member, host string, l net.Addr, thumbprint string) error {
-	_, port, err := net.SplitHostPort(l.String())
+// Publish tells all members where this one is reached: its name, the addresses
+// that clients use, of which there must be one, where its shared KMIP listener
+// is, and its certificate's thumbprint.
+func (k *KMS) Publish(ctx context.Context, member string, at []Address, l net.Addr, thumbprint string) error {
+	_, text, err := net.SplitHostPort(l.String())
 	if err != nil {
 		return fmt.Errorf("kms: publishing the endpoint: %w", err)
 	}
-	n, err := strconv.Atoi(port)
+	port, err := strconv.Atoi(text)
 	if err != nil {
 		return fmt.Errorf("kms: publishing the endpoint: %w", err)
 	}
-	fresh := memberEndpoint{Host: host, Port: n, Thumbprint: thumbprint}
-	if e, ok := k.endpoints.Peek(member); ok && e.Value == fresh {
+	if len(at) == 0 {
+		return fmt.Errorf("kms: publishing the endpoint: %w: it has no address", ErrInvalid)
+	}
+	fresh := memberEndpoint{Host: at[0].Host, Port: cmp.Or(at[0].Port, port), Thumbprint: thumbprint}
+	for _, a := range at[1:] {
+		fresh.Also = append(fresh.Also, Address{a.Host, cmp.Or(a.Port, port)})
+	}
+	if e, ok := k.endpoints.Peek(member); ok && e.Value.equal(fresh) {
 		return nil
 	}
 	if _, err := k.store.Commit(ctx, k.endpoints.Put(member, fresh)); err != nil {
@@ -47,18 +95,29 @@ func (k *KMS) Publish(ctx context.Context, member, host string, l net.Addr, thum
 	return nil
 }
 
+func (m memberEndpoint) equal(o memberEndpoint) bool {
+	return m.Host == o.Host && m.Port == o.Port && m.Thumbprint == o.Thumbprint && slices.Equal(m.Also, o.Also)
+}
+
+// endpointsOf are those of the members that there are; one that was removed may
+// have left its record.
 func (k *KMS) endpointsOf(ctx context.Context, id string, s Settings) []Endpoint {
 	list := []Endpoint{}
 	entries, _ := k.endpoints.List(ctx, "") // what is damaged is logged
 	for _, e := range entries {
-		p := Endpoint{Member: e.Key, Host: e.Value.Host, Port: e.Value.Port, ServerName: s.ServerName, Thumbprint: e.Value.Thumbprint}
-		switch {
-		case s.Port != 0:
-			p.Port, p.ServerName = s.Port, ""
-		case id == DefaultInstance && !s.Strict:
-			p.ServerName = ""
+		if !slices.ContainsFunc(k.store.LocalMembers(), func(m store.Member) bool { return m.Name == e.Key }) {
+			continue
 		}
-		list = append(list, p)
+		for _, a := range append([]Address{{e.Value.Host, e.Value.Port}}, e.Value.Also...) {
+			p := Endpoint{Member: e.Key, Host: a.Host, Port: a.Port, ServerName: s.ServerName, Thumbprint: e.Value.Thumbprint}
+			switch {
+			case s.Port != 0:
+				p.Port, p.ServerName = s.Port, ""
+			case id == DefaultInstance && !s.Strict:
+				p.ServerName = ""
+			}
+			list = append(list, p)
+		}
 	}
 	return list
 }

@@ -15,12 +15,13 @@ const followEvery = 10 * time.Second
 // ends: it looks at them every few seconds, and when reload says so. New
 // handshakes use the new certificate; open connections go on with the old one.
 // A chain and a key that do not belong together, as in the moment between the
-// writing of one and of the other, are logged, and the old ones stay.
-func (c *Credentials) Follow(ctx context.Context, certPath, keyPath string, reload <-chan os.Signal, log *slog.Logger) {
-	c.follow(ctx, certPath, keyPath, reload, log, followEvery)
+// writing of one and of the other, are logged, and the old ones stay. After each
+// replacement it calls replaced.
+func (c *Credentials) Follow(ctx context.Context, certPath, keyPath string, reload <-chan os.Signal, log *slog.Logger, replaced func()) {
+	c.follow(ctx, certPath, keyPath, reload, log, replaced, followEvery)
 }
 
-func (c *Credentials) follow(ctx context.Context, certPath, keyPath string, reload <-chan os.Signal, log *slog.Logger, every time.Duration) {
+func (c *Credentials) follow(ctx context.Context, certPath, keyPath string, reload <-chan os.Signal, log *slog.Logger, replaced func(), every time.Duration) {
 	look := time.NewTicker(every)
 	defer look.Stop()
 	var refused string // what was logged of files that are no good
@@ -45,6 +46,7 @@ func (c *Credentials) follow(ctx context.Context, certPath, keyPath string, relo
 		case changed:
 			leaf := c.Leaf()
 			log.Info("certificate replaced", "certificate", certPath, "was", old, "thumbprint", Thumbprint(leaf), "expires", leaf.NotAfter)
+			replaced()
 		case asked:
 			log.Info("certificate unchanged", "certificate", certPath, "thumbprint", old, "expires", c.Leaf().NotAfter)
 		}

@@ -33,10 +33,10 @@ func TestFollow(t *testing.T) {
 		t.Fatal(err)
 	}
 	ctx, cancel := context.WithCancel(t.Context())
-	ended := make(chan struct{})
+	ended, replaced := make(chan struct{}), make(chan struct{}, 1)
 	go func() {
 		defer close(ended)
-		c.follow(ctx, file, file, nil, slog.New(slog.DiscardHandler), 5*time.Millisecond)
+		c.follow(ctx, file, file, nil, slog.New(slog.DiscardHandler), func() { replaced <- struct{}{} }, 5*time.Millisecond)
 	}()
 	second := renew()
 	for end := time.Now().Add(5 * time.Second); !bytes.Equal(c.Leaf().Raw, second.Raw); time.Sleep(time.Millisecond) {
@@ -44,6 +44,7 @@ func TestFollow(t *testing.T) {
 			t.Fatal("the new certificate is not found")
 		}
 	}
+	<-replaced
 	cancel()
 	<-ended
 }

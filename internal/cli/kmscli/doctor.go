@@ -39,7 +39,7 @@ func doctorCommand() *cobra.Command {
 		Use:   "doctor",
 		Short: "Check a deployment and say what to mend",
 		Long: `Looks at a running key server as its clients and its administrator depend on it:
-root keys, members, clocks, certificates, instances, audit log, backups, and on the
+root keys, members, clocks, endpoints, certificates, instances, audit log, backups, and on the
 machine itself memory locks and the space that is left. Each finding that is not
 well comes with what to do about it. Nothing is changed.
 
@@ -181,6 +181,7 @@ func (v *verb) examineInstances(ctx context.Context, add adder) {
 		add("instances", unknown, "", "%v", err)
 		return
 	}
+	examineEndpoints(ctx, instances, v.now, add)
 	for _, i := range instances {
 		check := "instance " + i.ID
 		if i.State != kms.InstanceServing {

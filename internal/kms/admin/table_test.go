@@ -353,7 +353,7 @@ func TestDescription(t *testing.T) {
 
 	// Real answers, of calls that answer something.
 	b.instance("tenant-a")
-	if err := b.Publish(ctx, "kms-1", "kms1.example.com", &net.TCPAddr{Port: 5696}, thumb); err != nil {
+	if err := b.Publish(ctx, "kms", []kms.Address{{Host: "kms1.example.com"}, {Host: "192.0.2.7", Port: 15696}}, &net.TCPAddr{Port: 5696}, thumb); err != nil {
 		t.Fatal(err)
 	}
 	for _, c := range []struct{ method, path, body string }{

@@ -48,7 +48,7 @@ func TestReload(t *testing.T) {
 	ended := make(chan struct{})
 	go func() {
 		defer close(ended)
-		credentials.Follow(ctx, file, file, hup, slog.New(slog.NewTextHandler(log, nil)))
+		credentials.Follow(ctx, file, file, hup, slog.New(slog.NewTextHandler(log, nil)), func() {})
 	}()
 	defer func() { cancel(); <-ended }()
 	b := serveOver(t, openKMS(t), Options{Credentials: credentials})
