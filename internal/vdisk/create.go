@@ -27,6 +27,9 @@ type Spec struct {
 	Epoch   uint64        // of the DEK; 0: 1
 	Random  io.Reader     // of keys and nonces; nil: crypto/rand
 
+	parent    string // of a snapshot link: what its descriptor calls the parent
+	parentCID uint32
+
 	fs fsys
 	at func(string)
 }
@@ -46,8 +49,15 @@ func Create(ctx context.Context, path string, s Spec) (err error) {
 	if s.UUID == uuid.Nil {
 		s.UUID = uuid.New()
 	}
-	cid := binary.LittleEndian.Uint32(s.UUID[12:]) &^ 1 // any but NoParent
-	desc, err := vmdk.New(path, vmdk.Spec{Size: s.Size, UUID: s.UUID, CID: cid, Extent: filepath.Base(vmdk.FlatName(path)), Adapter: s.Adapter, Thin: true})
+	delta := s.parent != ""
+	cid, name := s.UUID, vmdk.FlatName(path)
+	if delta {
+		cid, name = uuid.New(), vmdk.DeltaName(path) // the links of a disk have one UUID
+	}
+	desc, err := vmdk.New(path, vmdk.Spec{
+		Size: s.Size, UUID: s.UUID, CID: binary.LittleEndian.Uint32(cid[12:]) &^ 1, // any but NoParent
+		Extent: filepath.Base(name), Adapter: s.Adapter, Thin: true, Parent: s.parent, ParentCID: s.parentCID,
+	})
 	if err != nil {
 		return fmt.Errorf("creating a disk: %w", err)
 	}
@@ -65,7 +75,6 @@ func Create(ctx context.Context, path string, s Spec) (err error) {
 	if err := vacant(o.fs, path); err != nil {
 		return err
 	}
-	name := vmdk.FlatName(path)
 	f, err := o.fs.Open(name, os.O_RDWR|os.O_CREATE)
 	if err != nil {
 		return fmt.Errorf("creating an extent: %w", err)
@@ -83,7 +92,7 @@ func Create(ctx context.Context, path string, s Spec) (err error) {
 		}
 	}()
 	length := s.Size
-	if key != nil {
+	if key != nil || delta {
 		length = roundUp(s.Size, UnitSize)
 	}
 	if err := f.Truncate(length); err != nil {
@@ -93,8 +102,11 @@ func Create(ctx context.Context, path string, s Spec) (err error) {
 		return fmt.Errorf("creating an extent: %w", err)
 	}
 	o.at("create.extent")
-	if key != nil {
-		st := &state{disk: s.UUID, size: s.Size, epoch: max(s.Epoch, 1), check: key.check}
+	if key != nil || delta {
+		st := &state{disk: s.UUID, size: s.Size, delta: delta, check: key.id()}
+		if key != nil {
+			st.epoch = max(s.Epoch, 1)
+		}
 		sf, err := createState(o.fs, o.at, name+stateSuffix, st, key.mac(), nil)
 		if err != nil {
 			return fmt.Errorf("creating a state file: %w", err)
@@ -127,6 +139,9 @@ func sealNew(desc *vmdk.Descriptor, s Spec, key *dataKey) error {
 	defer kek.Wipe()
 	safe, err := keysafe.Wrap(s.Random, binding(s.VM, s.UUID), s.Key, kek, key.dek)
 	if err != nil {
+		return err
+	}
+	if err := recordVM(desc, s.VM); err != nil {
 		return err
 	}
 	return desc.Seal(vmdk.Encryption{KeySafe: safe, Cipher: keysafe.CipherXTS, UnitSize: UnitSize, Epoch: max(s.Epoch, 1), Generation: 1}, key.descriptor)
@@ -171,7 +186,8 @@ func removeAll(fsys fsys, names ...string) error {
 	return nil
 }
 
-// Delete deletes a disk that nobody uses: first the descriptor, without which the
+// Delete deletes a disk, or one snapshot link, that nobody uses and that no link
+// of its folder stands on: first the descriptor, without which the
 // rest is only ciphertext. The KEK stays with its provider (rule K9). Files that
 // are not there are fine.
 func Delete(ctx context.Context, path string) error { return deleteIn(ctx, osFS{}, path) }
@@ -180,8 +196,16 @@ func deleteIn(ctx context.Context, fsys fsys, path string) error {
 	if err := ctx.Err(); err != nil {
 		return err
 	}
+	if kids, err := children(fsys, path); err != nil {
+		return err
+	} else if len(kids) > 0 {
+		return &Error{Kind: ErrChildren, File: path, Why: fmt.Sprintf("snapshot link %s stands on it", filepath.Base(kids[0].Name())), Fix: "delete that first, or consolidate it"}
+	}
 	name := vmdk.FlatName(path)
 	if _, desc, err := loadDescriptor(fsys, path); err == nil {
+		if why := desc.Sealed(); why == sealedForClones {
+			return &Error{Kind: ErrSealed, File: path, Why: why, Fix: "delete the linked clones, and then its files by hand"}
+		}
 		if name, err = extentName(path, desc); err != nil {
 			return err
 		}

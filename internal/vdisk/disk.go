@@ -56,8 +56,8 @@ type Options struct {
 	link   bool         // it may be a snapshot link: a chain opens it
 	parent bool         // of a link that is open: its lock is shared
 	zone   int64        // bytes of a conversion's hot zone; 0: zoneSize
-	fs   fsys         // nil: the operating system's
-	at   func(string) // called at every persistence step; nil: not
+	fs     fsys         // nil: the operating system's
+	at     func(string) // called at every persistence step; nil: not
 }
 
 func (o Options) withDefaults() Options {
@@ -103,8 +103,9 @@ type Disk struct {
 	next  *dataKey         // while converting, below the boundary
 	kind  Conversion
 
-	bits *bitmap // units that a snapshot link has, while it is open for writing
-	slot uint8   // its number in the chain's index
+	stale bool    // there is a state file that means nothing
+	bits  *bitmap // units that a snapshot link has, while it is open for writing
+	slot  uint8   // its number in the chain's index
 }
 
 // Size is the length of the disk in bytes, a multiple of SectorSize.
@@ -195,7 +196,7 @@ func (d *Disk) check(verb string, off, n int64, write bool) error {
 func (d *Disk) Close() error {
 	d.op.Lock()
 	defer d.op.Unlock()
-	err := d.ext.close()
+	err := errors.Join(d.closeBits(), d.ext.close())
 	d.mu.Lock()
 	defer d.mu.Unlock()
 	if d.state != nil {

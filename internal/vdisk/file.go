@@ -39,8 +39,8 @@ type file interface {
 	NextHole(off int64) (int64, error)
 	Stat() (fileStat, error)
 	// Lock takes the advisory lock of the whole file, exclusive or shared,
-	// without waiting; errLocked means that another open file has it. Close
-	// releases it.
+	// without waiting; errLocked means that another open file has it. A lock that
+	// it has becomes the other kind. Close releases it.
 	Lock(exclusive bool) error
 	// Forget tells the page cache that a range is not needed soon.
 	Forget(off, n int64)
@@ -65,6 +65,10 @@ type fsys interface {
 	Remove(name string) error
 	// SyncDir makes creations and removals in a folder durable.
 	SyncDir(dir string) error
+	// List returns the names in a folder. Mkdir makes a folder, for the owner only,
+	// if it is not there.
+	List(dir string) ([]string, error)
+	Mkdir(dir string) error
 }
 
 var errLocked = errors.New("locked by another open file")
@@ -110,6 +114,17 @@ func (osFS) ReadFile(name string, limit int) ([]byte, error) { return atomicfile
 func (osFS) ReplaceFile(name string, b []byte) error         { return atomicfile.Write(name, b, 0o600) }
 func (osFS) Remove(name string) error                        { return os.Remove(name) }
 func (osFS) SyncDir(dir string) error                        { return atomicfile.SyncDir(dir) }
+
+func (osFS) List(dir string) ([]string, error) {
+	f, err := os.Open(dir)
+	if err != nil {
+		return nil, err
+	}
+	defer f.Close()
+	return f.Readdirnames(-1)
+}
+
+func (osFS) Mkdir(dir string) error { return os.MkdirAll(dir, 0o700) }
 
 func statOf(st *unix.Stat_t) fileStat {
 	return fileStat{size: st.Size, allocated: st.Blocks * 512, dev: st.Dev, ino: st.Ino}

@@ -22,6 +22,21 @@ func openLocked(fsys fsys, name string, write bool) (file, error) {
 	if write {
 		flag = os.O_RDWR
 	}
+	return openAndLock(fsys, name, flag, write)
+}
+
+// openParent opens the extent of a link that another one stands on: its lock is
+// shared, and becomes exclusive while the link is consolidated or converted, which
+// needs a file that is open for writing.
+func openParent(fsys fsys, name string, exclusive bool) (file, error) {
+	f, err := openAndLock(fsys, name, os.O_RDWR, exclusive)
+	if !exclusive && (errors.Is(err, fs.ErrPermission) || errors.Is(err, unix.EROFS)) {
+		return openLocked(fsys, name, false)
+	}
+	return f, err
+}
+
+func openAndLock(fsys fsys, name string, flag int, write bool) (file, error) {
 	f, err := fsys.Open(name, flag)
 	if errors.Is(err, fs.ErrNotExist) {
 		return nil, missingExtent(name)

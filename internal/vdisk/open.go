@@ -24,7 +24,19 @@ import (
 // ErrNotEncrypted, ErrStale, ErrTampered, ErrState, ErrKeysRequired and, when
 // only reading, ErrConverting; or those of the file system. None of them has
 // changed anything.
-func Open(ctx context.Context, path string, o Options) (_ *Disk, err error) {
+func Open(ctx context.Context, path string, o Options) (*Disk, error) {
+	d, err := inspect(ctx, path, o)
+	if err != nil {
+		return nil, err
+	}
+	if err := d.ready(); err != nil {
+		return nil, errors.Join(err, d.Close())
+	}
+	return d, nil
+}
+
+// inspect is the part of Open that changes nothing.
+func inspect(ctx context.Context, path string, o Options) (_ *Disk, err error) {
 	if err := ctx.Err(); err != nil {
 		return nil, err
 	}
@@ -63,13 +75,35 @@ func Open(ctx context.Context, path string, o Options) (_ *Disk, err error) {
 	} else if st.size < need {
 		return nil, &Error{Kind: ErrShort, File: d.ext.name, Why: fmt.Sprintf("%d bytes, the disk has %d", st.size, need), Fix: "restore the extent from a backup"}
 	}
-	if d.state != nil && !o.ReadOnly {
-		if err := d.settle(); err != nil {
-			return nil, err
+	return d, nil
+}
+
+// ready is the part of Open that finishes what a crash has left half-done and
+// counts the opening.
+func (d *Disk) ready() error {
+	defer d.setForm()
+	if d.opts.ReadOnly {
+		return nil
+	}
+	if d.stale {
+		if err := d.removeState(); err != nil {
+			return err
 		}
 	}
-	d.setForm()
-	return d, nil
+	if d.desc.IsDelta() {
+		if err := d.recoverLive(); err != nil {
+			return err
+		}
+	}
+	if d.state != nil {
+		if err := d.settle(); err != nil {
+			return err
+		}
+	}
+	if d.desc.IsDelta() {
+		return d.openBits()
+	}
+	return nil
 }
 
 // lockExtent reads the descriptor to find the extent, locks that, and reads the
@@ -85,7 +119,7 @@ func (d *Disk) lockExtent() error {
 	}
 	var f file
 	if d.opts.parent {
-		f, err = openParent(d.opts.fs, name)
+		f, err = openParent(d.opts.fs, name, !d.opts.ReadOnly)
 	} else {
 		f, err = openLocked(d.opts.fs, name, !d.opts.ReadOnly)
 	}
@@ -158,10 +192,8 @@ func (d *Disk) openClear() error {
 			return &Error{Kind: ErrTampered, File: d.path, Why: fmt.Sprintf("it says that the disk is in clear, and %s says that the extent is encrypted", filepath.Base(d.stateName())), Fix: "restore the descriptor from a backup; " + untouched}
 		}
 	}
-	if d.opts.ReadOnly {
-		return nil
-	}
-	return d.removeState()
+	d.stale = true
+	return nil
 }
 
 // openClearDelta checks the state file that a snapshot link in clear has for its

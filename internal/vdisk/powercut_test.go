@@ -19,12 +19,15 @@ import (
 // dropped each for itself until their folder is synced. A kill keeps everything,
 // and still none of it is durable.
 //
+// Files below powerLive are a tmpfs's: a kill keeps them, a power cut does not.
+//
 // The crash comes at the n-th change: it and everything after it fails without
 // effect.
 type powerFS struct {
 	mu      sync.Mutex
 	r       *rand.Rand
 	names   map[string]*entry
+	inodes  uint64
 	left    int // changes until the crash; < 0: none
 	crashed bool
 
@@ -39,6 +42,9 @@ type entry struct {
 	now, durable *powerFile
 	pending      []*powerFile
 }
+
+// powerLive is the folder of live bitmaps.
+const powerLive = "/run/live"
 
 var errPower = errors.New("no power")
 
@@ -69,6 +75,10 @@ func (p *powerFS) reboot(powerCut bool) {
 	p.crashed, p.left = false, -1
 	for _, name := range slices.Sorted(maps.Keys(p.names)) { // sorted: a seed repeats
 		e := p.names[name]
+		if powerCut && filepath.Dir(name) == powerLive {
+			delete(p.names, name)
+			continue
+		}
 		if powerCut {
 			e.durable = append(e.pending, e.durable)[p.r.IntN(len(e.pending)+1)]
 			e.now, e.pending = e.durable, nil
@@ -106,10 +116,28 @@ func (p *powerFS) Open(name string, flag int) (file, error) {
 		if err := p.change(); err != nil {
 			return nil, err
 		}
-		p.set(name, &powerFile{fs: p, name: name})
+		p.set(name, p.newFile(name))
 	}
 	return &powerHandle{powerFile: p.names[name].now}, nil
 }
+
+func (p *powerFS) newFile(name string) *powerFile {
+	p.inodes++
+	return &powerFile{fs: p, name: name, ino: p.inodes}
+}
+
+func (p *powerFS) List(dir string) (names []string, err error) {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	for name, e := range p.names {
+		if e.now != nil && filepath.Dir(name) == dir {
+			names = append(names, filepath.Base(name))
+		}
+	}
+	return names, p.up()
+}
+
+func (p *powerFS) Mkdir(string) error { return nil }
 
 func (p *powerFS) Stat(name string) (fileStat, error) {
 	p.mu.Lock()
@@ -143,7 +171,7 @@ func (p *powerFS) ReadFile(name string, limit int) ([]byte, error) {
 func (p *powerFS) ReplaceFile(name string, content []byte) error {
 	p.mu.Lock()
 	defer p.mu.Unlock()
-	f := &powerFile{fs: p, name: name}
+	f := p.newFile(name)
 	f.write(content, 0, false)
 	f.size = int64(len(content))
 	f.sync()
@@ -196,6 +224,7 @@ func (p *powerFS) syncDir(dir string) {
 type powerFile struct {
 	fs      *powerFS
 	name    string
+	ino     uint64
 	size    int64
 	sectors []powerSector
 
@@ -271,7 +300,7 @@ func (f *powerFile) cut(r *rand.Rand) {
 }
 
 func (f *powerFile) stat() fileStat {
-	st := fileStat{size: f.size, ino: 1}
+	st := fileStat{size: f.size, ino: f.ino}
 	for _, s := range f.sectors {
 		if s.now.data {
 			st.allocated += SectorSize
@@ -433,10 +462,11 @@ func (h *powerHandle) Stat() (fileStat, error) {
 func (h *powerHandle) Lock(exclusive bool) error {
 	h.fs.mu.Lock()
 	defer h.fs.mu.Unlock()
-	if len(h.locks) > 0 && (exclusive || h.exclusive) {
+	others := slices.DeleteFunc(slices.Clone(h.locks), func(o *powerHandle) bool { return o == h })
+	if len(others) > 0 && (exclusive || h.exclusive) {
 		return errLocked
 	}
-	h.locks, h.exclusive = append(h.locks, h), exclusive
+	h.locks, h.exclusive = append(others, h), exclusive
 	return h.fs.up()
 }
 

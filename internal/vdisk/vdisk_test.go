@@ -72,7 +72,7 @@ func randomBytes(seed uint64, n int64) []byte {
 }
 
 // scribble writes random requests to the disk and to the model.
-func scribble(t testing.TB, d *Disk, model []byte, r *rand.Rand, n int) {
+func scribble(t testing.TB, d device, model []byte, r *rand.Rand, n int) {
 	t.Helper()
 	for range n {
 		off := r.Int64N(d.Size()/SectorSize) * SectorSize
@@ -101,7 +101,7 @@ func scribble(t testing.TB, d *Disk, model []byte, r *rand.Rand, n int) {
 	}
 }
 
-func compare(t testing.TB, d *Disk, model []byte) {
+func compare(t testing.TB, d device, model []byte) {
 	t.Helper()
 	got := make([]byte, len(model))
 	if err := d.ReadAt(got, 0); err != nil {

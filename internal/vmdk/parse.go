@@ -265,7 +265,7 @@ func (d *Descriptor) checkParent() error {
 	case !d.IsDelta() && linked:
 		return d.errorf(0, ErrUnsupported, "a disk of createType %s with a parent is a foreign snapshot: consolidate it where it was made, then import it", d.CreateType())
 	case hinted:
-		if err := CheckFileName(hint); err != nil {
+		if err := CheckParentName(hint); err != nil {
 			return d.errorf(d.lineOf("parentFileNameHint"), ErrPath, "parent %v; %s", err, restore)
 		}
 	}
@@ -366,6 +366,19 @@ func CheckFileName(name string) error {
 		return fmt.Errorf("%.64q has unprintable characters", name)
 	}
 	return nil
+}
+
+// CheckParentName refuses what cannot name a parent's descriptor: it is a file in
+// the same folder, or for a linked clone in one beside it, "../folder/file".
+func CheckParentName(name string) error {
+	if rest, out := strings.CutPrefix(name, "../"); out {
+		folder, file, _ := strings.Cut(rest, "/")
+		if err := CheckFileName(folder); err != nil {
+			return err
+		}
+		name = file
+	}
+	return CheckFileName(name)
 }
 
 func isASCII(lines []line) bool {

@@ -165,7 +165,7 @@ type Spec struct {
 	Thin    bool      // ddb.thinProvisioned
 
 	// A snapshot link names its parent; both zero for a base disk.
-	Parent    string // file name of the parent's descriptor
+	Parent    string // of the parent's descriptor, see CheckParentName
 	ParentCID uint32
 }
 
@@ -176,7 +176,7 @@ func New(name string, s Spec) (*Descriptor, error) {
 	createType, e := MonolithicFlat, Extent{"RW", uint64(s.Size) / SectorSize, ExtentFlat, s.Extent, 0}
 	if s.Parent != "" {
 		createType, e.Type = MortiseDelta, ExtentDelta
-		if err := CheckFileName(s.Parent); err != nil {
+		if err := CheckParentName(s.Parent); err != nil {
 			return nil, d.errorf(0, ErrPath, "parent %v", err)
 		}
 	} else {
@@ -271,7 +271,7 @@ func (d *Descriptor) hex32(key string) uint32 {
 	return uint32(n)
 }
 
-// Parent is the file name of the parent's descriptor, "" for a base disk.
+// Parent is the parent's descriptor, see CheckParentName; "" for a base disk.
 func (d *Descriptor) Parent() string { v, _ := d.Get("parentFileNameHint"); return v }
 
 // IsDelta says whether the link is a snapshot's.
@@ -312,7 +312,7 @@ func (d *Descriptor) SetParent(file string, cid uint32) error {
 	if !d.IsDelta() {
 		return d.errorf(0, ErrValue, "a base disk has no parent")
 	}
-	if err := CheckFileName(file); err != nil {
+	if err := CheckParentName(file); err != nil {
 		return d.errorf(0, ErrPath, "parent %v", err)
 	}
 	d.put("parentFileNameHint", file, tight)
@@ -347,6 +347,34 @@ func (d *Descriptor) SetDDB(key, value string) error {
 	}
 	d.put(key, value, wide)
 	return nil
+}
+
+// The entries by which a link says what may not happen to it.
+const (
+	sealedKey    = "mortise.sealed"
+	receivingKey = "mortise.receiving"
+)
+
+// Sealed says why the link must not be changed any more, "" if it may be: more
+// than one link stands on it.
+func (d *Descriptor) Sealed() string { v, _ := d.Get(sealedKey); return v }
+
+// Receiving is the file name of the child whose data is being merged into the
+// link, "" if none is.
+func (d *Descriptor) Receiving() string { v, _ := d.Get(receivingKey); return v }
+
+// SetSealed and SetReceiving change these; "" removes the entry. An encrypted link
+// must be sealed again, in the sense of Seal.
+func (d *Descriptor) SetSealed(why string)     { d.setOwn(sealedKey, why) }
+func (d *Descriptor) SetReceiving(file string) { d.setOwn(receivingKey, file) }
+
+func (d *Descriptor) setOwn(key, value string) {
+	if value == "" {
+		d.remove(func(low string) bool { return low == key })
+		d.stale = true
+		return
+	}
+	d.put(key, value, tight)
 }
 
 func (d *Descriptor) editExtents(edit func(*Extent)) {
