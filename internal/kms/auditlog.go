@@ -38,14 +38,17 @@ import (
 // members have it, and given to the sinks off the machine.
 const (
 	anchorEvery = time.Second
-	// drainBatch is how many entries one transaction removes.
-	drainBatch = 256
+	// drainBatch is how many entries one transaction removes, about: all of a
+	// transaction that added some.
+	drainBatch = 1024
 	// gather is how long the drain waits for more, so that it does not sync for
-	// each change: nobody waits for it.
-	gather = 10 * time.Millisecond
+	// each change: nobody waits for it, and it shares a disk with the store.
+	gather = 30 * time.Millisecond
 	// maxBacklog is how many entries may wait in this member's part. The log keeps
-	// room for them.
-	maxBacklog = 10_000
+	// room for them. From half of it on, changes wait for the drain, but no longer
+	// than drainPatience.
+	maxBacklog    = 10_000
+	drainPatience = 3 * time.Second
 	// adoptEvery is how often removed members' parts are looked for.
 	adoptEvery = 30 * time.Second
 	// resealEvery is how often the signing key is sealed anew, by the instance
@@ -238,10 +241,7 @@ func (k *KMS) drain(ctx context.Context) error {
 	}
 	next := k.anchor
 	next.Drained = k.journal.Durable()
-	ops := []store.Op{k.anchors.Put(k.member, next)}
-	for _, i := range items {
-		ops = append(ops, k.queue.Remove(i))
-	}
+	ops := append(k.queue.Remove(items), k.anchors.Put(k.member, next))
 	if _, err := k.store.Commit(ctx, ops...); err != nil {
 		return err // they are logged, and removed the next time
 	}
@@ -321,17 +321,21 @@ func (k *KMS) adopt(ctx context.Context) {
 		return
 	}
 	moved := 0
-	for _, i := range others {
-		name := strings.TrimSuffix(i.Part, "/")
+	for _, record := range others {
+		name := strings.TrimSuffix(record[0].Part, "/")
 		if slices.ContainsFunc(members, func(m store.Member) bool { return m.Name == name }) {
 			continue
 		}
-		value := i.Value
-		if e, err := audit.Decode(i.Value); err == nil && e.Revision == 0 {
-			e.Revision = i.Revision // of the act, not of the move
-			value = e.Append(nil)
+		ops := k.queue.Take(record)
+		for _, i := range record {
+			value := i.Value
+			if e, err := audit.Decode(i.Value); err == nil && e.Revision == 0 {
+				e.Revision = i.Revision // of the act, not of the move
+				value = e.Append(nil)
+			}
+			ops = append(ops, k.queue.Add(i.Key, value))
 		}
-		_, err := k.store.Commit(ctx, k.queue.Take(i), k.queue.Add(i.Key, value))
+		_, err := k.store.Commit(ctx, ops...)
 		switch {
 		case errors.Is(err, store.ErrNotFound): // another member did
 		case err != nil:
@@ -340,7 +344,7 @@ func (k *KMS) adopt(ctx context.Context) {
 			}
 			return
 		default:
-			moved++
+			moved += len(record)
 		}
 	}
 	if moved > 0 {

@@ -29,13 +29,14 @@ var (
 	ErrLocked = errors.New("state folder is in use")
 )
 
-// An Op is one part of a transaction; collections make them.
+// An Op is one part of a transaction; collections and queues make them.
 type Op struct {
 	at   string // "/collection/key"
 	need condition
 	rev  int64         // for mustBeAt
-	op   *pb.RequestOp // nil: nothing is written
-	err  error         // from encoding; reported by Commit
+	op   *pb.RequestOp // nil: nothing is written, or what item says
+	item *queued
+	err  error // from encoding; reported by Commit
 }
 
 type condition int
@@ -50,7 +51,10 @@ const (
 // Commit makes all of ops or none, in one revision, and returns that revision
 // once it is durable. It fails with ErrNotFound, ErrExists or ErrConflict,
 // naming the record, when an Op's condition does not hold. An error that is
-// none of the typed ones, a context's included, leaves the outcome unknown.
+// none of the typed ones, and ErrUnavailable, leave the outcome unknown.
+//
+// Commits that are called at the same time may share a revision: see gather.go.
+// Those that touch the same record never do.
 func (s *Store) Commit(ctx context.Context, ops ...Op) (int64, error) {
 	if len(ops) == 0 || len(ops) > maxOps {
 		return 0, fmt.Errorf("store: a transaction has 1 to %d operations, not %d", maxOps, len(ops))
@@ -59,7 +63,6 @@ func (s *Store) Commit(ctx context.Context, ops ...Op) (int64, error) {
 	if len(ops) > few {
 		seen = make(map[string]bool, len(ops))
 	}
-	r := &pb.TxnRequest{Compare: make([]*pb.Compare, 0, len(ops)), Success: make([]*pb.RequestOp, 0, len(ops))}
 	for i, o := range ops {
 		if o.err != nil {
 			return 0, fmt.Errorf("store: %w", o.err)
@@ -67,38 +70,26 @@ func (s *Store) Commit(ctx context.Context, ops ...Op) (int64, error) {
 		if twice(ops[:i], o.at, seen) {
 			return 0, fmt.Errorf("store: two operations on %s in one transaction", o.at)
 		}
-		key := []byte(o.at)
-		switch o.need {
-		case mustNotExist:
-			r.Compare = append(r.Compare, &pb.Compare{Key: key, Target: pb.Compare_CREATE, Result: pb.Compare_EQUAL, TargetUnion: &pb.Compare_CreateRevision{}})
-		case mustExist:
-			r.Compare = append(r.Compare, &pb.Compare{Key: key, Target: pb.Compare_CREATE, Result: pb.Compare_GREATER, TargetUnion: &pb.Compare_CreateRevision{}})
-		case mustBeAt:
-			r.Compare = append(r.Compare, &pb.Compare{Key: key, Target: pb.Compare_MOD, Result: pb.Compare_EQUAL, TargetUnion: &pb.Compare_ModRevision{ModRevision: o.rev}})
-		}
-		if o.op != nil {
-			r.Success = append(r.Success, o.op)
-		}
 	}
-	if err := s.room(); err != nil {
-		return 0, fmt.Errorf("store: writing %s: %w", ops[0].at, err)
+	err := ctx.Err()
+	if err == nil {
+		err = s.room()
 	}
-	ctx, done, err := s.led(ctx)
+	if err == nil {
+		err = s.headed()
+	}
 	if err != nil {
-		return 0, fmt.Errorf("store: writing %s: %w", ops[0].at, err)
+		return 0, fmt.Errorf("store: writing %s: %w", ops[0].at, fromEtcd(err))
 	}
-	defer done()
-	answer, err := s.kv.Txn(ctx, r)
-	if err != nil {
-		if cause := context.Cause(ctx); cause != nil {
-			err = fmt.Errorf("%w: %w", ErrUnavailable, cause)
-		}
-		return 0, fmt.Errorf("store: writing %s: %w", ops[0].at, fromEtcd(rpctypes.Error(err)))
+	c := newChange(ops)
+	s.gather.join(c)
+	select {
+	case <-c.done:
+		return c.revision, c.err
+	case <-ctx.Done():
+		s.gather.leave(c) // if it has gone already, the others of its group need it
+		return 0, fmt.Errorf("store: writing %s: %w: %w", ops[0].at, ErrUnavailable, context.Cause(ctx))
 	}
-	if !answer.Succeeded {
-		return 0, s.whyNot(ctx, ops, answer.Header.Revision)
-	}
-	return answer.Header.Revision, nil
 }
 
 // few operations are compared with each other; more go through a map.
@@ -113,28 +104,44 @@ func twice(before []Op, at string, seen map[string]bool) bool {
 	return is
 }
 
-// whyNot finds the condition that did not hold in a transaction that was refused
-// at revision, which this member has reached: it gave the answer.
-func (s *Store) whyNot(ctx context.Context, ops []Op, revision int64) error {
+// compare is o's condition as etcd has it; nil for none.
+func (o *Op) compare() *pb.Compare {
+	key := []byte(o.at)
+	switch o.need {
+	case mustNotExist:
+		return &pb.Compare{Key: key, Target: pb.Compare_CREATE, Result: pb.Compare_EQUAL, TargetUnion: &pb.Compare_CreateRevision{}}
+	case mustExist:
+		return &pb.Compare{Key: key, Target: pb.Compare_CREATE, Result: pb.Compare_GREATER, TargetUnion: &pb.Compare_CreateRevision{}}
+	case mustBeAt:
+		return &pb.Compare{Key: key, Target: pb.Compare_MOD, Result: pb.Compare_EQUAL, TargetUnion: &pb.Compare_ModRevision{ModRevision: o.rev}}
+	}
+	return nil
+}
+
+// broken finds the condition that did not hold at a revision that this member
+// has reached, and returns the error that says so; nil if all held. failed is
+// why it could not be found out.
+func (s *Store) broken(ctx context.Context, ops []Op, revision int64) (broken, failed error) {
 	for _, o := range ops {
 		if o.need == anything {
 			continue
 		}
 		r, err := s.etcd.Server.KV().Range(ctx, []byte(o.at), nil, mvcc.RangeOptions{Rev: revision})
 		if err != nil {
-			return fmt.Errorf("store: %s: %w: its transaction was refused: %w", o.at, ErrConflict, err)
+			return nil, fmt.Errorf("%s: %w", o.at, err)
 		}
 		there := len(r.KVs) > 0
 		switch {
 		case o.need == mustNotExist && there:
-			return fmt.Errorf("store: %s: %w", o.at, ErrExists)
+			return fmt.Errorf("store: %s: %w", o.at, ErrExists), nil
+		case o.need == mustBeAt && o.rev == 0 && !there:
 		case o.need != mustNotExist && !there:
-			return fmt.Errorf("store: %s: %w", o.at, ErrNotFound)
+			return fmt.Errorf("store: %s: %w", o.at, ErrNotFound), nil
 		case o.need == mustBeAt && r.KVs[0].ModRevision != o.rev:
-			return fmt.Errorf("store: %s: %w", o.at, ErrConflict)
+			return fmt.Errorf("store: %s: %w", o.at, ErrConflict), nil
 		}
 	}
-	return fmt.Errorf("store: %s: %w", ops[0].at, ErrConflict) // not reached: some compare failed
+	return nil, nil
 }
 
 // fromEtcd types the errors that callers decide on.

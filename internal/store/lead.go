@@ -48,15 +48,25 @@ func (s *Store) led(ctx context.Context) (context.Context, context.CancelFunc, e
 	if s.peers == nil || s.reign.alone.Load() {
 		return ctx, func() {}, nil
 	}
-	s.reign.mu.Lock()
-	reign, headless := s.reign.ctx, s.reign.headless
-	s.reign.mu.Unlock()
-	if headless {
-		return ctx, func() {}, fmt.Errorf("%w: %w", ErrUnavailable, errHeadless)
+	if err := s.headed(); err != nil {
+		return ctx, func() {}, err
 	}
+	s.reign.mu.Lock()
+	reign := s.reign.ctx
+	s.reign.mu.Unlock()
 	merged, cancel := context.WithCancelCause(ctx)
 	stop := context.AfterFunc(reign, func() { cancel(context.Cause(reign)) })
 	return merged, func() { stop(); cancel(nil) }, nil
+}
+
+// headed is ErrUnavailable while no leader is in reach.
+func (s *Store) headed() error {
+	s.reign.mu.Lock()
+	defer s.reign.mu.Unlock()
+	if s.reign.headless {
+		return fmt.Errorf("%w: %w", ErrUnavailable, errHeadless)
+	}
+	return nil
 }
 
 // watchLeader ends reigns. It looks at two things: etcd says when another leader

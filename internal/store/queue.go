@@ -3,6 +3,7 @@ package store
 import (
 	"cmp"
 	"context"
+	"encoding/binary"
 	"fmt"
 	"iter"
 	"slices"
@@ -12,27 +13,40 @@ import (
 	"go.etcd.io/etcd/api/v3/mvccpb"
 )
 
-// A Queue is records that are taken out in the order in which they were
-// committed. Each member of a cluster has a part of its own, and keeps in memory
-// what is in it; what is in the others' it reads when it is asked to.
+// A Queue is items that are taken out in the order in which they were committed.
+// Each member of a cluster has a part of its own, and keeps in memory what is in
+// it; what is in the others' it reads when it is asked to.
 //
-// A record is put in by an Op, in the transaction of what it is about. Who has
+// An item is put in by an Op, in the transaction of what it is about. Who has
 // taken care of the oldest ones removes them by Ops, and drops them from memory.
+//
+// All items that one transaction adds are in one record, under the key of the
+// first of them: itemsFormat, then for each a length (uvarint) and its key, a
+// length and its value.
 type Queue struct {
 	s       *Store
 	name    string
 	part    string        // "member/"
-	items   []Item        // by revision; guarded by s.cache.mu, as what follows
+	waiting []Item        // by revision; guarded by s.cache.mu, as what follows
 	dropped int64         // items up to this revision were dropped
 	ready   chan struct{} // holds something when there may be new items
 }
 
-// An Item is a record of a queue.
+// An Item is what a queue holds.
 type Item struct {
 	Part     string
 	Key      string
 	Value    []byte
 	Revision int64
+
+	record string // the key of its record
+}
+
+// queued is an item to be added.
+type queued struct {
+	part  string // "/queue/member/"
+	key   string
+	value []byte
 }
 
 // NewQueue opens the queue called name, and member's part of it.
@@ -56,37 +70,110 @@ func (q *Queue) Close() {
 	if q.s.cache.tables[q.name] == table(q) {
 		delete(q.s.cache.tables, q.name)
 	}
-	q.items = nil
+	q.waiting = nil
 }
 
-// Add puts a record at the end of this member's part. key must be one that was
-// never used.
+// Add puts an item at the end of this member's part. key must be one that was
+// never used. The items of one transaction are in the order of its Ops.
 func (q *Queue) Add(key string, value []byte) Op {
-	o := Op{at: "/" + q.name + "/" + q.part + key, need: anything, err: checkKey(q.part + key)}
-	o.op = &pb.RequestOp{Request: &pb.RequestOp_RequestPut{RequestPut: &pb.PutRequest{Key: []byte(o.at), Value: value}}}
-	return o
+	part := "/" + q.name + "/" + q.part
+	return Op{at: part + key, need: anything, err: checkKey(q.part + key), item: &queued{part, key, value}}
 }
 
-// Remove takes a record out; it does not matter whether it is there.
-func (q *Queue) Remove(i Item) Op {
-	o := Op{at: "/" + q.name + "/" + i.Part + i.Key, need: anything}
-	o.op = &pb.RequestOp{Request: &pb.RequestOp_RequestDeleteRange{RequestDeleteRange: &pb.DeleteRangeRequest{Key: []byte(o.at)}}}
-	return o
+// itemRecord is what a transaction puts into one queue.
+type itemRecord struct {
+	part string
+	put  *pb.PutRequest
+}
+
+// addTo adds the item to the record for its queue, or begins that, at the name at.
+func (i *queued) addTo(records []itemRecord, at string) []itemRecord {
+	n := slices.IndexFunc(records, func(r itemRecord) bool { return r.part == i.part })
+	if n < 0 {
+		n, records = len(records), append(records, itemRecord{i.part, &pb.PutRequest{Key: []byte(at), Value: []byte{itemsFormat}}})
+	}
+	put := records[n].put
+	put.Value = appendItem(put.Value, i.key, i.value)
+	return records
+}
+
+const itemsFormat = 2
+
+func appendItem(b []byte, key string, value []byte) []byte {
+	b = append(binary.AppendUvarint(b, uint64(len(key))), key...)
+	return append(binary.AppendUvarint(b, uint64(len(value))), value...)
+}
+
+// items reads a record. One that is not as it should be is one item, for whoever
+// takes it out to see.
+func (q *Queue) items(at string, kv *mvccpb.KeyValue) []Item {
+	member, record, ok := strings.Cut(at, "/")
+	if !ok || record == "" {
+		return nil
+	}
+	in := Item{Part: member + "/", Revision: kv.ModRevision, record: record}
+	list, ok := parseItems(kv.Value, in)
+	if !ok {
+		in.Key, in.Value = record, kv.Value
+		return []Item{in}
+	}
+	return list
+}
+
+func parseItems(b []byte, in Item) (list []Item, ok bool) {
+	if len(b) < 2 || b[0] != itemsFormat {
+		return nil, false
+	}
+	b = b[1:]
+	take := func() (v []byte, ok bool) {
+		n, size := binary.Uvarint(b)
+		if size <= 0 || n > uint64(len(b)-size) {
+			return nil, false
+		}
+		v, b = b[size:size+int(n):size+int(n)], b[size+int(n):]
+		return v, true
+	}
+	for len(b) > 0 {
+		key, ok1 := take()
+		value, ok2 := take()
+		if !ok1 || !ok2 || len(key) == 0 {
+			return nil, false
+		}
+		in.Key, in.Value = string(key), value
+		list = append(list, in)
+	}
+	return list, true
+}
+
+// Remove takes out the records of items: all items of each record must be among
+// them. It does not matter whether they are there.
+func (q *Queue) Remove(items []Item) (ops []Op) {
+	for n, i := range items {
+		if n > 0 && i.record == items[n-1].record && i.Part == items[n-1].Part {
+			continue
+		}
+		o := Op{at: "/" + q.name + "/" + i.Part + i.record, need: anything}
+		o.op = &pb.RequestOp{Request: &pb.RequestOp_RequestDeleteRange{RequestDeleteRange: &pb.DeleteRangeRequest{Key: []byte(o.at)}}}
+		ops = append(ops, o)
+	}
+	return ops
 }
 
 // Take is Remove, and makes the transaction fail with ErrNotFound if somebody
-// else has taken the record out.
-func (q *Queue) Take(i Item) Op {
-	o := q.Remove(i)
-	o.need = mustExist
-	return o
+// else has taken one of the records out.
+func (q *Queue) Take(items []Item) []Op {
+	ops := q.Remove(items)
+	for n := range ops {
+		ops[n].need = mustExist
+	}
+	return ops
 }
 
 // Len is how many items of this member's part wait.
 func (q *Queue) Len() int {
 	q.s.cache.mu.RLock()
 	defer q.s.cache.mu.RUnlock()
-	return len(q.items)
+	return len(q.waiting)
 }
 
 // Ready holds something when items may have come since it was last received
@@ -98,11 +185,11 @@ func (q *Queue) Ready() <-chan struct{} { return q.ready }
 func (q *Queue) Oldest(n int) []Item {
 	q.s.cache.mu.RLock()
 	defer q.s.cache.mu.RUnlock()
-	n = min(n, len(q.items))
-	for n > 0 && n < len(q.items) && q.items[n].Revision == q.items[n-1].Revision {
+	n = min(n, len(q.waiting))
+	for n > 0 && n < len(q.waiting) && q.waiting[n].Revision == q.waiting[n-1].Revision {
 		n++
 	}
-	return slices.Clone(q.items[:n])
+	return slices.Clone(q.waiting[:n])
 }
 
 // Drop forgets the items up to and including this one, which was the last that
@@ -111,54 +198,49 @@ func (q *Queue) Drop(last Item) {
 	q.s.cache.mu.Lock()
 	defer q.s.cache.mu.Unlock()
 	q.dropped = last.Revision
-	at, _ := slices.BinarySearchFunc(q.items, last.Revision+1, func(i Item, rev int64) int { return cmp.Compare(i.Revision, rev) })
-	clear(q.items[:at])
-	if q.items = q.items[at:]; len(q.items) == 0 {
-		q.items = nil // or the array would grow for ever
+	at, _ := slices.BinarySearchFunc(q.waiting, last.Revision+1, func(i Item, rev int64) int { return cmp.Compare(i.Revision, rev) })
+	clear(q.waiting[:at])
+	if q.waiting = q.waiting[at:]; len(q.waiting) == 0 {
+		q.waiting = nil // or the array would grow for ever
 	}
 }
 
-// Others returns the items of other members' parts, by revision.
-func (q *Queue) Others(ctx context.Context) ([]Item, error) {
+// Others returns the items of other members' parts, by revision: those of a
+// record together.
+func (q *Queue) Others(ctx context.Context) ([][]Item, error) {
 	if err := q.s.sync(ctx); err != nil {
 		return nil, fmt.Errorf("store: reading queue %s: %w", q.name, err)
 	}
-	var all []Item
+	var all [][]Item
 	for page, err := range q.s.pages(ctx, "/"+q.name+"/", q.s.etcd.Server.KV().Rev()) {
 		if err != nil {
 			return nil, fmt.Errorf("store: reading queue %s: %w", q.name, fromEtcd(err))
 		}
 		for _, kv := range page {
-			if i, ok := q.item(string(kv.Key[len(q.name)+2:]), kv); ok && i.Part != q.part {
-				all = append(all, i)
+			if list := q.items(string(kv.Key[len(q.name)+2:]), kv); len(list) > 0 && list[0].Part != q.part {
+				all = append(all, list)
 			}
 		}
 	}
-	slices.SortFunc(all, byRevision)
+	slices.SortFunc(all, func(a, b []Item) int { return byRevision(a[0], b[0]) })
 	return all, nil
 }
 
+// byRevision leaves the items of a record as they are, in a stable sort.
 func byRevision(a, b Item) int {
-	return cmp.Or(cmp.Compare(a.Revision, b.Revision), strings.Compare(a.Key, b.Key))
-}
-
-// item cuts "member/key".
-func (q *Queue) item(key string, kv *mvccpb.KeyValue) (Item, bool) {
-	member, rest, ok := strings.Cut(key, "/")
-	return Item{Part: member + "/", Key: rest, Value: kv.Value, Revision: kv.ModRevision}, ok && rest != ""
+	return cmp.Or(cmp.Compare(a.Revision, b.Revision), strings.Compare(a.record, b.record))
 }
 
 func (q *Queue) prepare(key string, kv *mvccpb.KeyValue) any {
 	if !strings.HasPrefix(key, q.part) {
 		return nil
 	}
-	i, _ := q.item(key, kv)
-	return i
+	return q.items(key, kv)
 }
 
 func (q *Queue) install(_ string, prepared any) {
-	if i, ok := prepared.(Item); ok {
-		q.items = append(q.items, i)
+	if list, ok := prepared.([]Item); ok {
+		q.waiting = append(q.waiting, list...)
 		q.wake()
 	}
 }
@@ -177,15 +259,15 @@ func (q *Queue) stage(pages iter.Seq2[[]*mvccpb.KeyValue, error]) (func() []stri
 			return nil, fromEtcd(err)
 		}
 		for _, kv := range page {
-			if i, ok := q.item(string(kv.Key[len(q.name)+2:]), kv); ok && i.Part == q.part {
-				all = append(all, i)
+			if list := q.items(string(kv.Key[len(q.name)+2:]), kv); len(list) > 0 && list[0].Part == q.part {
+				all = append(all, list...)
 			}
 		}
 	}
-	slices.SortFunc(all, byRevision)
+	slices.SortStableFunc(all, byRevision)
 	return func() []string {
 		// What was dropped may still be there: its removal is under way.
-		q.items = slices.DeleteFunc(all, func(i Item) bool { return i.Revision <= q.dropped })
+		q.waiting = slices.DeleteFunc(all, func(i Item) bool { return i.Revision <= q.dropped })
 		q.wake()
 		return nil
 	}, nil

@@ -67,17 +67,17 @@ func TestQueue(t *testing.T) {
 		t.Fatal(err)
 	}
 	check("2", "3", "4")
-	if _, err := s.Commit(ctx, q.Remove(three[0]), q.Remove(three[1]), q.Remove(three[2])); err != nil {
+	if _, err := s.Commit(ctx, q.Remove(three)...); err != nil {
 		t.Fatal(err)
 	}
 	list, err := q.Others(ctx)
-	if err != nil || len(list) != 1 || string(list[0].Value) != "other's" {
+	if err != nil || len(list) != 1 || string(list[0][0].Value) != "other's" {
 		t.Fatalf("others: %+v, %v", list, err)
 	}
-	if _, err := s.Commit(ctx, q.Take(list[0]), q.Add("moved", list[0].Value)); err != nil {
+	if _, err := s.Commit(ctx, append(q.Take(list[0]), q.Add("moved", list[0][0].Value))...); err != nil {
 		t.Fatal(err)
 	}
-	if _, err := s.Commit(ctx, q.Take(list[0]), q.Add("again", list[0].Value)); !errors.Is(err, ErrNotFound) {
+	if _, err := s.Commit(ctx, append(q.Take(list[0]), q.Add("again", list[0][0].Value))...); !errors.Is(err, ErrNotFound) {
 		t.Errorf("taking it twice: %v", err)
 	}
 	q.Close()

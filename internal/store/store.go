@@ -85,6 +85,7 @@ type Store struct {
 	etcd   *embed.Etcd
 	client *clientv3.Client
 	kv     pb.KVServer // etcd's, with its check of the quota, without a client between
+	gather gathering
 	cache  cache
 	reign  reign
 
@@ -151,6 +152,7 @@ func (s *Store) start(ctx context.Context, cfg Config) error {
 	}
 	s.client = v3client.New(s.etcd.Server)
 	s.kv = v3rpc.NewQuotaKVServer(s.etcd.Server)
+	s.gather.send = s.send
 	s.free.Store(math.MaxUint64) // until Commit looks
 	s.closing, s.stop = context.WithCancel(context.Background())
 	s.closed = sync.OnceValue(s.shutDown)

@@ -242,14 +242,13 @@ func TestCompactedWatch(t *testing.T) {
 	// by and are compacted, and the cache still stands where it was.
 	s.stop()
 	s.done.Wait()
+	s.closing, s.stop = context.WithCancel(context.Background())
 	commit(t, s, vms.Delete("gone", 0))
 	rev := commit(t, s, vms.Put("new", vm{Rev: 2}))
 	if _, err := s.client.Compact(ctx, rev, clientv3.WithCompactPhysical()); err != nil {
 		t.Fatal(err)
 	}
-	run, stop := context.WithCancel(context.Background())
-	s.stop = stop
-	s.done.Go(func() { s.follow(run) })
+	s.done.Go(func() { s.follow(s.closing) })
 
 	if e, err := vms.Get(ctx, "new"); err != nil || e.Value.Rev != 2 {
 		t.Errorf("after the rebuild: %+v, %v", e, err)
