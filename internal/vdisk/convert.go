@@ -243,6 +243,9 @@ func (d *Disk) descriptorWith(s *state, t Target, next *dataKey) (*vmdk.Descript
 	if err != nil {
 		return nil, err
 	}
+	if err := recordVM(desc, d.opts.VM); err != nil {
+		return nil, err
+	}
 	enc, _ := desc.Encryption()
 	enc.Generation++
 	if t.Kind == Encrypting {
