@@ -99,6 +99,9 @@ func (t *token) Create(id []byte) error {
 	if !t.open {
 		return errNoSession
 	}
+	if err := t.unused(id); err != nil {
+		return err
+	}
 	mech := []*cryptoki.Mechanism{cryptoki.NewMechanism(cryptoki.CKM_AES_KEY_GEN, nil)}
 	_, err := t.lib.GenerateKey(t.session, mech, append(template(id), cryptoki.NewAttribute(cryptoki.CKA_VALUE_LEN, 32)))
 	if err != nil {
@@ -111,10 +114,25 @@ func (t *token) Import(id, key []byte) error {
 	if !t.open {
 		return errNoSession
 	}
+	if err := t.unused(id); err != nil {
+		return err
+	}
 	if _, err := t.lib.CreateObject(t.session, append(template(id), cryptoki.NewAttribute(cryptoki.CKA_VALUE, key))); err != nil {
 		return fmt.Errorf("importing a key (a token may refuse keys that it has not made): %w", err)
 	}
 	return nil
+}
+
+// unused refuses an id that a key has: a token takes several of one CKA_ID.
+func (t *token) unused(id []byte) error {
+	_, err := t.find(id)
+	switch {
+	case err == nil:
+		return pkcs11.ErrKeyExists
+	case errors.Is(err, pkcs11.ErrUnknownKey):
+		return nil
+	}
+	return err
 }
 
 // template is of a key that encrypts and decrypts and does nothing else.

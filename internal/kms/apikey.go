@@ -77,8 +77,8 @@ func (k *KMS) AddAPIKey(ctx context.Context, by Actor, instanceID, name string, 
 	hash := hashAPIKey(raw)
 	now := k.now().UTC().Truncate(time.Second)
 	a := APIKey{ID: hash[:apiKeyIDLen], Name: name, Role: role, ServerWide: serverWide, Added: now, Expires: now.Add(life)}
-	if err := k.commitAs(ctx, by, inst, "apikey add", a.ID, inst.apiKeys.Create(hash, a)); err != nil {
-		return APIKey{}, "", fmt.Errorf("kms: adding an API key: %w", err)
+	if err := k.act(ctx, by, inst, "apikey add", a.ID, func() ([]store.Op, error) { return []store.Op{inst.apiKeys.Create(hash, a)}, nil }); err != nil {
+		return APIKey{}, "", err
 	}
 	k.log.Info("kms: API key added", "instance", inst.id, "key", a.ID, "name", name, "role", role, "server_wide", serverWide, "expires", a.Expires, "by", by.Name)
 	return a, apiKeyPrefix + inst.id + "_" + base64.RawURLEncoding.EncodeToString(raw), nil
@@ -178,8 +178,8 @@ func (k *KMS) RemoveAPIKey(ctx context.Context, by Actor, instanceID, which stri
 	if a.Value.ServerWide && by.Instance != "" && by.Kind != "socket" {
 		return APIKey{}, fmt.Errorf("kms: %w: only the admin socket and server-wide API keys revoke server-wide API keys", ErrForbidden)
 	}
-	if err := k.commitAs(ctx, by, inst, "apikey revoke", a.Value.ID, inst.apiKeys.Delete(a.Key, 0)); err != nil {
-		return APIKey{}, fmt.Errorf("kms: revoking API key %s: %w", a.Value.ID, err)
+	if err := k.act(ctx, by, inst, "apikey revoke", a.Value.ID, func() ([]store.Op, error) { return []store.Op{inst.apiKeys.Delete(a.Key, 0)}, nil }); err != nil {
+		return APIKey{}, err
 	}
 	k.log.Info("kms: API key revoked", "instance", inst.id, "key", a.Value.ID, "name", a.Value.Name, "by", by.Name)
 	return a.Value, nil

@@ -20,6 +20,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"mortise/internal/kms/audit"
+	"mortise/internal/rootkey/rootkeytest"
 	"mortise/internal/store"
 )
 
@@ -31,7 +32,7 @@ func startAudited(t testing.TB, dir string, o AuditOptions) (f *fixture, stop fu
 	if err != nil {
 		t.Fatal(err)
 	}
-	r, err := root(dir)
+	r, err := rootkeytest.Keyring(dir)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -40,7 +41,7 @@ func startAudited(t testing.TB, dir string, o AuditOptions) (f *fixture, stop fu
 		s.Close()
 		t.Fatal(err)
 	}
-	if err := k.Unlock(t.Context(), SingleCRK(r)); err != nil {
+	if err := k.Unlock(t.Context(), r); err != nil {
 		t.Fatal(err)
 	}
 	stopped := false
@@ -49,7 +50,7 @@ func startAudited(t testing.TB, dir string, o AuditOptions) (f *fixture, stop fu
 			stopped = true
 			k.Close()
 			s.Close()
-			r.Wipe()
+			r.Close()
 		}
 	}
 	t.Cleanup(stop)
@@ -66,7 +67,11 @@ func do(t testing.TB, s *Session, op kmip.Operation, id string, run func() (stri
 			id = made
 		}
 	}
-	return s.End(t.Context(), op, id, err)
+	err = s.End(op, id, err)
+	if lost := s.Settle(t.Context()); lost != nil {
+		return lost
+	}
+	return err
 }
 
 func exported(t testing.TB, k *KMS, f AuditFilter) (all []audit.Record) {
@@ -467,7 +472,7 @@ func BenchmarkAuditedGet(b *testing.B) {
 				m, err = s.Get(context.Background(), id)
 				m.Bytes.Wipe()
 			}
-			if err = s.End(context.Background(), kmip.OperationGet, id, err); err != nil {
+			if err = errors.Join(s.End(kmip.OperationGet, id, err), s.Settle(context.Background())); err != nil {
 				b.Error(err)
 				return
 			}

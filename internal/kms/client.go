@@ -112,33 +112,34 @@ func (k *KMS) AddClient(ctx context.Context, by Actor, instanceID string, n NewC
 	if err != nil {
 		return Client{}, err
 	}
-	ops := []store.Op{inst.clients.Create(c.Fingerprint, c)}
-	if n.Replaces != "" {
-		old, op, err := k.supersede(ctx, inst, n)
+	err = k.act(ctx, by, inst, "client add", c.Fingerprint, func() (ops []store.Op, err error) {
+		if n.Replaces != "" {
+			old, op, err := k.supersede(ctx, inst, n)
+			if err != nil {
+				return nil, err
+			}
+			ops = append(ops, op)
+			if c.Replaces = old.Fingerprint; n.Name == "" {
+				c.Name = old.Name
+			}
+			if n.Role == "" {
+				c.Role = old.Role
+			}
+		}
+		r, err := k.record(ctx, inst.id)
 		if err != nil {
-			return Client{}, err
+			return nil, err
 		}
-		ops = append(ops, op)
-		if c.Replaces = old.Fingerprint; n.Name == "" {
-			c.Name = old.Name
+		if err := inst.roomForClient(r.Value.Settings.Quota); err != nil {
+			return nil, err
 		}
-		if n.Role == "" {
-			c.Role = old.Role
-		}
-		ops[0] = inst.clients.Create(c.Fingerprint, c)
+		return append(ops, inst.clients.Create(c.Fingerprint, c)), nil
+	})
+	if errors.Is(err, store.ErrExists) {
+		return Client{}, fmt.Errorf("kms: %w: SHA-256 %s", ErrClientExists, c.Fingerprint)
 	}
-	r, err := k.record(ctx, inst.id)
 	if err != nil {
 		return Client{}, err
-	}
-	if err := inst.roomForClient(r.Value.Settings.Quota); err != nil {
-		return Client{}, err
-	}
-	if err := k.commitAs(ctx, by, inst, "client add", c.Fingerprint, ops...); err != nil {
-		if errors.Is(err, store.ErrExists) {
-			return Client{}, fmt.Errorf("kms: %w: SHA-256 %s", ErrClientExists, c.Fingerprint)
-		}
-		return Client{}, fmt.Errorf("kms: adding client certificate: %w", err)
 	}
 	k.log.Info("kms: client certificate added", "instance", inst.id, "client", c.Name, "role", c.Role, "sha256", c.Fingerprint, "expires", c.NotAfter, "by", by.Name)
 	return c, nil
@@ -261,8 +262,8 @@ func (k *KMS) RemoveClient(ctx context.Context, by Actor, instanceID, which stri
 	if err != nil {
 		return Client{}, err
 	}
-	if err := k.commitAs(ctx, by, inst, "client revoke", e.Key, inst.clients.Delete(e.Key, 0)); err != nil {
-		return Client{}, fmt.Errorf("kms: removing client certificate %s: %w", e.Key, err)
+	if err := k.act(ctx, by, inst, "client revoke", e.Key, func() ([]store.Op, error) { return []store.Op{inst.clients.Delete(e.Key, 0)}, nil }); err != nil {
+		return Client{}, err
 	}
 	k.log.Info("kms: client certificate removed", "instance", inst.id, "client", e.Value.Name, "sha256", e.Key, "by", by.Name)
 	return e.Value, nil

@@ -13,6 +13,7 @@ import (
 
 	"github.com/ovh/kmip-go"
 
+	"mortise/internal/rootkey/rootkeytest"
 	"mortise/internal/store"
 )
 
@@ -95,7 +96,7 @@ func startClocks(t *testing.T, dir string, m *twoClocks) *fixture {
 	if err != nil {
 		t.Fatal(err)
 	}
-	r, err := root(dir)
+	r, err := rootkeytest.Keyring(dir)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -103,10 +104,10 @@ func startClocks(t *testing.T, dir string, m *twoClocks) *fixture {
 	if err != nil {
 		t.Fatal(err)
 	}
-	if err := k.Unlock(t.Context(), SingleCRK(r)); err != nil {
+	if err := k.Unlock(t.Context(), r); err != nil {
 		t.Fatal(err)
 	}
-	t.Cleanup(func() { k.Close(); s.Close(); r.Wipe() })
+	t.Cleanup(func() { k.Close(); s.Close(); r.Close() })
 	for end := time.Now().Add(10 * time.Second); ; time.Sleep(10 * time.Millisecond) { // the sweeper wrote the time down
 		if _, ok := k.clocks.Peek(clockKey); ok {
 			break
@@ -175,7 +176,7 @@ func TestClockJump(t *testing.T) {
 	if st := f.Clock().Status(); !st.Jump || f.Ready() != nil {
 		t.Errorf("status: %+v, %v", st, f.Ready())
 	}
-	if _, err := f.ConfirmClock(t.Context()); err != nil {
+	if _, err := f.ConfirmClock(t.Context(), tester); err != nil {
 		t.Fatal(err)
 	}
 	if got := state(t, f.session(), dated); got != kmip.StateDeactivated {
@@ -193,7 +194,7 @@ func TestClockJump(t *testing.T) {
 	if err := f.Ready(); !errors.Is(err, ErrClock) || !strings.Contains(err.Error(), "behind cluster time") {
 		t.Errorf("a year back: %v", err)
 	}
-	if _, err := f.ConfirmClock(t.Context()); err != nil {
+	if _, err := f.ConfirmClock(t.Context(), tester); err != nil {
 		t.Fatal(err)
 	}
 	if err := f.Ready(); err != nil {

@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"maps"
 	"slices"
 	"time"
 
@@ -16,10 +17,11 @@ import (
 type RootKeys interface {
 	// Kind is "file" or "pkcs11"; it is written into instance records.
 	Kind() string
-	// Create makes a CRK, durable when it returns.
-	Create(ctx context.Context) (id string, err error)
+	// Create makes a CRK of that id, 32 hexadecimal digits; it is durable when
+	// Create returns. An id is used once: one that is there already is refused.
+	Create(ctx context.Context, id string) error
 	// Import takes a CRK that the customer brings; key stays the caller's.
-	Import(ctx context.Context, key *secret.Key) (id string, err error)
+	Import(ctx context.Context, id string, key *secret.Key) error
 	// Seal wraps key with the CRK called id, bound to additional.
 	Seal(ctx context.Context, id string, key *secret.Key, additional []byte) ([]byte, error)
 	// Open is the reverse of Seal.
@@ -49,7 +51,11 @@ type crkRecord struct {
 	Check    string // key check value, of an imported CRK
 	// Instance that it is or was used by; empty for none yet.
 	Instance string
-	State    CRKState
+	// Use is what a root key is for that is no instance's; empty for a CRK.
+	Use string `json:",omitempty"`
+	// Maker is the member that made it, or began to.
+	Maker string `json:",omitempty"`
+	State CRKState
 	// Changed is when it came into that state, Confirmed which members have
 	// destroyed it.
 	Changed   time.Time
@@ -60,11 +66,16 @@ type crkRecord struct {
 type CRKState string
 
 const (
+	CRKMaking     CRKState = "making"     // recorded, and perhaps at its maker's provider already
 	CRKUnused     CRKState = "unused"     // no instance uses it yet
 	CRKActive     CRKState = "active"     // wraps an instance's keys
 	CRKRetired    CRKState = "retired"    // opens what it wrapped before: old revisions and backups
 	CRKDestroying CRKState = "destroying" // not used any more; some member still has it
 	CRKDestroyed  CRKState = "destroyed"  // every member has confirmed
+	// CRKOrphan is of a root key at the answering member's provider that no record
+	// names: a program before records came first was interrupted, or another key
+	// server uses the same token.
+	CRKOrphan CRKState = "orphan"
 )
 
 func (s CRKState) ended() bool { return s == CRKDestroying || s == CRKDestroyed }
@@ -83,7 +94,8 @@ type CRK struct {
 	ID         string    `json:"id"`
 	Provider   string    `json:"provider" doc:"kind of root-key provider: file or pkcs11"`
 	Instance   string    `json:"instance,omitempty"`
-	State      CRKState  `json:"state"`
+	Use        string    `json:"use,omitempty" doc:"what it is for, if it is no instance's"`
+	State      CRKState  `json:"state" doc:"making, unused, active, retired, destroying, destroyed; or orphan: at the answering member's provider, and in no record"`
 	Created    time.Time `json:"created"`
 	Changed    time.Time `json:"changed" doc:"when it came into that state"`
 	Imported   bool      `json:"imported"`
@@ -93,35 +105,55 @@ type CRK struct {
 	Here    bool     `json:"here" doc:"whether the answering member's provider has it"`
 }
 
-// CRKs lists all CRKs by id; instance narrows it unless it is empty.
+// CRKs lists all CRKs by id, and after them the orphans at this member's
+// providers; instance narrows it unless it is empty.
 func (k *KMS) CRKs(ctx context.Context, instance string) ([]CRK, error) {
+	here, err := k.atProviders(ctx) // first: whatever is there was recorded before
+	if err != nil {
+		return nil, fmt.Errorf("kms: %w", err)
+	}
 	entries, err := k.crks.List(ctx, "")
 	if err != nil {
 		return nil, fmt.Errorf("kms: listing CRKs: %w", err)
 	}
-	here := map[string]bool{}
-	for _, p := range k.providers() {
-		ids, err := p.List(ctx)
-		if err != nil {
-			return nil, fmt.Errorf("kms: listing the CRKs of provider %s: %w", p.Kind(), err)
-		}
-		for _, id := range ids {
-			here[id] = true
-		}
-	}
 	list := []CRK{}
 	for _, e := range entries {
-		if instance != "" && e.Value.Instance != instance {
-			continue
+		if instance == "" || e.Value.Instance == instance {
+			list = append(list, k.describeCRK(e, here[e.Key] != ""))
 		}
-		list = append(list, k.describeCRK(e, here[e.Key]))
+		delete(here, e.Key)
+	}
+	if instance != "" {
+		return list, nil
+	}
+	for _, id := range slices.Sorted(maps.Keys(here)) {
+		if r, err := k.recordUnder(ctx, id); err != nil {
+			return nil, err
+		} else if r.Key == "" { // an instance's that is about to be recorded
+			list = append(list, CRK{ID: id, Provider: here[id], State: CRKOrphan, Here: true})
+		}
 	}
 	return list, nil
 }
 
+// atProviders lists the root keys at this member's providers: their kind, by id.
+func (k *KMS) atProviders(ctx context.Context) (map[string]string, error) {
+	here := map[string]string{}
+	for _, p := range k.providers() {
+		ids, err := p.List(ctx)
+		if err != nil {
+			return nil, fmt.Errorf("listing the CRKs of provider %s: %w", p.Kind(), err)
+		}
+		for _, id := range ids {
+			here[id] = p.Kind()
+		}
+	}
+	return here, nil
+}
+
 func (k *KMS) describeCRK(e store.Entry[crkRecord], here bool) CRK {
 	r := e.Value
-	c := CRK{ID: e.Key, Provider: r.Provider, Instance: r.Instance, State: r.State, Created: r.Created, Changed: r.Changed, Imported: r.Imported, CheckValue: r.Check, Here: here}
+	c := CRK{ID: e.Key, Provider: r.Provider, Instance: r.Instance, Use: r.Use, State: r.State, Created: r.Created, Changed: r.Changed, Imported: r.Imported, CheckValue: r.Check, Here: here}
 	if r.State == CRKDestroying {
 		c.Waiting = k.unconfirmed(r)
 	}
@@ -149,35 +181,46 @@ func (k *KMS) ImportCRK(ctx context.Context, by Actor, kind string, key *secret.
 	if err != nil {
 		return CRK{}, err
 	}
-	id, err := p.Import(ctx, key)
+	e, done, err := k.mint(ctx, crkRecord{Provider: p.Kind(), Imported: true, Check: check, State: CRKUnused},
+		func(id string) error { return p.Import(ctx, id, key) },
+		func(id string, op store.Op) error { return k.commitAs(ctx, by, nil, "crk import", id, op) })
+	defer done()
 	if err != nil {
 		return CRK{}, fmt.Errorf("kms: importing a CRK: %w", err)
 	}
-	if err := k.keyStep("crk imported"); err != nil {
-		return CRK{}, err
-	}
-	now := k.now().UTC()
-	r := crkRecord{Provider: p.Kind(), Created: now, Changed: now, Imported: true, Check: check, State: CRKUnused}
-	if err := k.commitAs(ctx, by, nil, "crk import", id, k.crks.Create(id, r)); err != nil {
-		return CRK{}, fmt.Errorf("kms: importing a CRK: %w", err)
-	}
-	k.log.Info("kms: CRK imported", "crk", id, "provider", p.Kind(), "check_value", check)
-	return k.describeCRK(store.Entry[crkRecord]{Key: id, Value: r}, true), nil
+	k.log.Info("kms: CRK imported", "crk", e.Key, "provider", p.Kind(), "check_value", check)
+	return k.describeCRK(e, true), nil
 }
 
 // DeleteCRK destroys a CRK on every member. If it wraps an instance's keys, the
 // instance and every key in it are lost at once, and its older CRKs are destroyed
 // too (S6). hash agrees to the list of what is lost.
 func (k *KMS) DeleteCRK(ctx context.Context, by Actor, id, hash string) error {
+	here, err := k.atProviders(ctx) // before its record is looked for: see CRKs
+	if err != nil {
+		return fmt.Errorf("kms: %w", err)
+	}
 	e, err := k.crks.Get(ctx, id)
 	if errors.Is(err, store.ErrNotFound) {
-		return fmt.Errorf("kms: %w: %q", ErrUnknownCRK, id)
+		return k.deleteOrphan(ctx, by, id, here[id], hash)
 	}
 	if err != nil {
 		return fmt.Errorf("kms: %w", err)
 	}
-	if e.Value.State.ended() {
+	switch {
+	case e.Value.State.ended():
 		return fmt.Errorf("kms: %w: CRK %s is %s already", ErrInvalid, id, e.Value.State)
+	case e.Value.Use != "" && e.Value.State == CRKActive:
+		return fmt.Errorf("kms: %w: %s is no instance's: it is the root key of %s", ErrCRKInUse, id, e.Value.Use)
+	}
+	jobs, err := k.jobs.List(ctx, "")
+	if err != nil {
+		return fmt.Errorf("kms: %w", err)
+	}
+	for _, j := range jobs {
+		if j.Value.CRK == id && !j.Value.finished() && e.Value.State == CRKUnused {
+			return fmt.Errorf("kms: %w: instance %s is being put under it", ErrCRKInUse, j.Key)
+		}
 	}
 	r, err := k.recordUnder(ctx, id)
 	if err != nil {
@@ -221,6 +264,26 @@ func (k *KMS) DeleteCRK(ctx context.Context, by Actor, id, hash string) error {
 	if err := k.keyStep("crk deleted"); err != nil {
 		return err
 	}
+	return k.keepUp(ctx)
+}
+
+// deleteOrphan destroys a root key that is at a provider and in no record. kind
+// is the provider's, empty if there is no such key.
+func (k *KMS) deleteOrphan(ctx context.Context, by Actor, id, kind, hash string) error {
+	if r, err := k.recordUnder(ctx, id); err != nil {
+		return err
+	} else if kind == "" || r.Key != "" { // or it is about to be recorded
+		return fmt.Errorf("kms: %w: %q", ErrUnknownCRK, id)
+	}
+	lost := []string{fmt.Sprintf("root key %s at provider %s, which this key server has no record of: if another key server uses the same provider, perhaps that one's, with all its keys", id, kind)}
+	if err := Confirm("delete CRK "+id, lost, hash); err != nil {
+		return err
+	}
+	now := k.now().UTC()
+	if err := k.commitAs(ctx, by, nil, "crk delete", id, k.crks.Create(id, crkRecord{Provider: kind, Created: now, Changed: now, State: CRKDestroying})); err != nil {
+		return fmt.Errorf("kms: deleting CRK %s: %w", id, err)
+	}
+	k.log.Warn("kms: a root key that no record named is deleted", "crk", id, "provider", kind)
 	return k.keepUp(ctx)
 }
 
@@ -293,132 +356,3 @@ func (k *KMS) crkEnded(id string) bool {
 	e, ok := k.crks.Peek(id)
 	return ok && e.Value.State.ended()
 }
-
-// keepCRKs gives this member the CRKs that should exist and takes from it those
-// that should not.
-func (k *KMS) keepCRKs(ctx context.Context) error {
-	entries, err := k.crks.List(ctx, "")
-	if err != nil {
-		return err
-	}
-	var errs []error
-	wanted := map[string][]string{} // by kind
-	known := map[string]bool{}
-	for _, e := range entries {
-		known[e.Key] = true
-		switch e.Value.State {
-		case CRKDestroying:
-			errs = append(errs, k.destroyCRK(ctx, e))
-		case CRKDestroyed:
-		default:
-			wanted[e.Value.Provider] = append(wanted[e.Value.Provider], e.Key)
-		}
-	}
-	instances, err := k.records.List(ctx, "")
-	errs = append(errs, err)
-	for _, e := range instances {
-		if known[e.Value.CRK] {
-			continue
-		}
-		wanted[e.Value.Provider] = append(wanted[e.Value.Provider], e.Value.CRK)
-		r := crkRecord{Provider: e.Value.Provider, Created: e.Value.Created, Changed: e.Value.Created, Instance: e.Key, State: CRKActive}
-		if _, err := k.store.Commit(ctx, k.crks.Create(e.Value.CRK, r)); err != nil && !errors.Is(err, store.ErrExists) {
-			errs = append(errs, err)
-		}
-	}
-	for kind, ids := range wanted {
-		errs = append(errs, k.fetchCRKs(ctx, kind, ids))
-	}
-	return errors.Join(errs...)
-}
-
-// fetchCRKs gets from the other members those of ids that this one lacks.
-func (k *KMS) fetchCRKs(ctx context.Context, kind string, ids []string) error {
-	p, ok := k.providers()[kind].(Sharer)
-	if !ok || k.fetchKeys == nil {
-		return nil // its own keys are all that it will have
-	}
-	here, err := p.List(ctx)
-	if err != nil {
-		return fmt.Errorf("listing the CRKs of provider %s: %w", kind, err)
-	}
-	missing := slices.DeleteFunc(slices.Clone(ids), func(id string) bool { return slices.Contains(here, id) })
-	for chunk := range slices.Chunk(missing, maxShare) {
-		if err := k.fetchKeys(ctx, p, chunk...); err != nil {
-			return fmt.Errorf("getting %d CRKs from the other members: %w", len(chunk), err)
-		}
-	}
-	return nil
-}
-
-// maxShare is how many CRKs are asked for at once.
-const maxShare = 64
-
-// destroyCRK destroys a CRK at this member's provider and confirms it. The last
-// member to confirm makes it destroyed.
-func (k *KMS) destroyCRK(ctx context.Context, e store.Entry[crkRecord]) error {
-	self := k.self()
-	if !slices.Contains(e.Value.Confirmed, self) {
-		p := k.providers()[e.Value.Provider]
-		if p == nil {
-			return fmt.Errorf("CRK %s is to be destroyed, and provider %q is not configured here", e.Key, e.Value.Provider)
-		}
-		if err := p.Destroy(ctx, e.Key); err != nil {
-			return fmt.Errorf("destroying CRK %s: %w", e.Key, err)
-		}
-		k.log.Warn("kms: CRK is destroyed at this member's provider", "crk", e.Key, "provider", e.Value.Provider)
-		if err := k.keyStep("crk destroyed here"); err != nil {
-			return err
-		}
-	}
-	now := k.now().UTC()
-	_, err := k.crks.Edit(ctx, e.Key, func(r *crkRecord) error {
-		if !slices.Contains(r.Confirmed, self) {
-			r.Confirmed = append(r.Confirmed, self)
-		} else if len(k.unconfirmed(*r)) > 0 {
-			return errUnchanged
-		}
-		if len(k.unconfirmed(*r)) == 0 {
-			r.State, r.Changed = CRKDestroyed, now
-		}
-		return nil
-	})
-	if errors.Is(err, errUnchanged) {
-		return nil
-	}
-	return err
-}
-
-var errUnchanged = errors.New("nothing to change")
-
-// SingleCRK makes a provider of one root key that is there already.
-func SingleCRK(root RootKey) RootKeys { return singleCRK{root} }
-
-type singleCRK struct{ root RootKey }
-
-func (s singleCRK) Kind() string                           { return "file" }
-func (s singleCRK) Create(context.Context) (string, error) { return s.root.ID(), nil }
-
-func (s singleCRK) Import(context.Context, *secret.Key) (string, error) {
-	return "", errors.New("this root key provider holds one key and takes no other")
-}
-
-func (s singleCRK) Seal(_ context.Context, id string, key *secret.Key, additional []byte) ([]byte, error) {
-	if id != s.root.ID() {
-		return nil, fmt.Errorf("there is no CRK %s at this provider", id)
-	}
-	return s.root.Seal(key, additional)
-}
-
-func (s singleCRK) Open(_ context.Context, id string, wrapped, additional []byte) (*secret.Key, error) {
-	if id != s.root.ID() {
-		return nil, fmt.Errorf("its keys are wrapped by root key %s, and root key %s was given: use the root key that belongs to this state folder", id, s.root.ID())
-	}
-	return s.root.Open(wrapped, additional)
-}
-
-func (s singleCRK) Destroy(context.Context, string) error {
-	return errors.New("this root key provider does not destroy its one key")
-}
-
-func (s singleCRK) List(context.Context) ([]string, error) { return []string{s.root.ID()}, nil }

@@ -30,42 +30,18 @@ func (k *KMS) DeleteInstance(ctx context.Context, by Actor, id, hash string) err
 	if id == DefaultInstance {
 		return fmt.Errorf("kms: %w: instance %s cannot be deleted; destroy its keys one by one, or take its grant away", ErrInvalid, id)
 	}
-	e, err := k.record(ctx, id)
+	lost := 0
+	err := k.act(ctx, by, nil, "instance delete", id, func() (ops []store.Op, err error) {
+		ops, lost, err = k.deletion(ctx, id, hash)
+		return ops, err
+	})
 	if err != nil {
 		return err
 	}
-	lost, err := k.everything(ctx, id)
-	if err != nil {
+	if err := k.keyStep("instance deleted"); err != nil {
 		return err
 	}
-	if err := Confirm("deleting instance "+id, lost, hash); err != nil {
-		return err
-	}
-	ops := []store.Op{k.records.Delete(id, e.Revision), k.gone.Create(id, goneRecord{At: k.now().UTC()})}
-	if s, ok := k.sealing.Peek(id); ok {
-		ops = append(ops, k.sealing.Delete(id, s.Revision))
-	}
-	if j, ok := k.jobs.Peek(id); ok {
-		ops = append(ops, k.jobs.Delete(id, j.Revision))
-	}
-	crks, err := k.crksOf(ctx, id)
-	if err != nil {
-		return err
-	}
-	for _, c := range crks {
-		if c.Value.State.ended() || k.usedElsewhere(c.Key, id) {
-			continue
-		}
-		c.Value.State, c.Value.Changed, c.Value.Confirmed = CRKDestroying, k.now().UTC(), nil
-		ops = append(ops, k.crks.Update(c.Key, c.Revision, c.Value))
-	}
-	for _, c := range e.Value.Settings.claims() {
-		ops = append(ops, k.claims.Delete(c, 0))
-	}
-	if err := k.commitAs(ctx, by, nil, "instance delete", id, ops...); err != nil {
-		return fmt.Errorf("kms: deleting instance %s: %w", id, err)
-	}
-	k.log.Warn("kms: instance deleted", "instance", id, "objects", len(lost), "by", by.Name)
+	k.log.Warn("kms: instance deleted", "instance", id, "objects", lost, "by", by.Name)
 	if err := k.store.Sync(ctx); err != nil { // the cache must have seen it
 		return fmt.Errorf("kms: deleting instance %s: %w", id, err)
 	}
@@ -78,15 +54,41 @@ func (k *KMS) DeleteInstance(ctx context.Context, by Actor, id, hash string) err
 	return nil
 }
 
-// usedElsewhere tells whether a CRK wraps another instance's keys too, as one of
-// [SingleCRK] may.
-func (k *KMS) usedElsewhere(crk, id string) bool {
-	for _, i := range k.open() {
-		if e, ok := k.records.Peek(i.id); ok && i.id != id && e.Value.CRK == crk {
-			return true
-		}
+// deletion is the first step, if hash agrees to what is lost, and how much that is.
+func (k *KMS) deletion(ctx context.Context, id, hash string) (ops []store.Op, lost int, err error) {
+	e, err := k.record(ctx, id)
+	if err != nil {
+		return nil, 0, err
 	}
-	return false
+	list, err := k.everything(ctx, id)
+	if err != nil {
+		return nil, 0, err
+	}
+	if err := Confirm("deleting instance "+id, list, hash); err != nil {
+		return nil, 0, err
+	}
+	ops = []store.Op{k.records.Delete(id, e.Revision), k.gone.Create(id, goneRecord{At: k.now().UTC()})}
+	if s, ok := k.sealing.Peek(id); ok {
+		ops = append(ops, k.sealing.Delete(id, s.Revision))
+	}
+	if j, ok := k.jobs.Peek(id); ok {
+		ops = append(ops, k.jobs.Delete(id, j.Revision))
+	}
+	crks, err := k.crksOf(ctx, id)
+	if err != nil {
+		return nil, 0, err
+	}
+	for _, c := range crks {
+		if c.Value.State.ended() {
+			continue
+		}
+		c.Value.State, c.Value.Changed, c.Value.Confirmed = CRKDestroying, k.now().UTC(), nil
+		ops = append(ops, k.crks.Update(c.Key, c.Revision, c.Value))
+	}
+	for _, c := range e.Value.Settings.claims() {
+		ops = append(ops, k.claims.Delete(c, 0))
+	}
+	return ops, len(list), nil
 }
 
 // clearAway ends the deletion of an instance, if there is one to end.

@@ -125,17 +125,31 @@ func (i *instance) reload(ctx context.Context) error {
 	return errors.Join(i.objects.Reload(ctx), i.clients.Reload(ctx), i.apiKeys.Reload(ctx), i.authorities.Reload(ctx))
 }
 
-// newInstance makes a CRK for the instance called id, and its keys.
-func newInstance(ctx context.Context, root RootKeys, id string, now time.Time) (r instanceRecord, err error) {
-	r = instanceRecord{Created: now.UTC(), Provider: root.Kind(), Keys: []wrappedKey{{Generation: 1}}}
-	if r.CRK, err = root.Create(ctx); err != nil {
-		return r, err
+// newInstance makes a CRK for the instance called id, and its keys. Until done is
+// called the CRK may be without an instance.
+func (k *KMS) newInstance(ctx context.Context, root RootKeys, id string) (r instanceRecord, done func(), err error) {
+	r = instanceRecord{Created: k.now().UTC(), Provider: root.Kind(), Keys: []wrappedKey{{Generation: 1}}}
+	if r.CRK, done, err = k.mintNew(ctx, root, crkRecord{Instance: id, State: CRKUnused}); err != nil {
+		return r, done, err
 	}
 	if r.Keys[0].Wrapped, err = wrapNew(ctx, root, r.CRK, keyBinding(id, 1)); err != nil {
-		return r, err
+		return r, done, err
 	}
 	r.NameKey, err = wrapNew(ctx, root, r.CRK, nameBinding(id))
-	return r, err
+	return r, done, err
+}
+
+// inUse is the write by which an instance begins to use a new CRK.
+func (k *KMS) inUse(ctx context.Context, crk, instance string) (store.Op, error) {
+	e, err := k.crks.Get(ctx, crk)
+	if err != nil {
+		return store.Op{}, fmt.Errorf("CRK %s: %w", crk, err)
+	}
+	if e.Value.State != CRKUnused {
+		return store.Op{}, fmt.Errorf("CRK %s is %s: %w", crk, e.Value.State, ErrCRKInUse)
+	}
+	e.Value.State, e.Value.Changed, e.Value.Instance = CRKActive, k.now().UTC(), instance
+	return k.crks.Update(crk, e.Revision, e.Value), nil
 }
 
 func keyBinding(id string, generation uint32) []byte {

@@ -120,59 +120,37 @@ func (k *KMS) CreateInstance(ctx context.Context, by Actor, id, kind string, s S
 	if _, is := k.gone.Peek(id); is {
 		return Instance{}, fmt.Errorf("kms: instance %s %w: one of that id is still being deleted; try again", id, ErrInstanceExists)
 	}
-	fresh, err := newInstance(ctx, root, id, k.now())
+	fresh, done, err := k.newInstance(ctx, root, id)
+	defer done()
 	if err != nil {
 		return Instance{}, fmt.Errorf("kms: making instance %s: %w", id, err)
 	}
 	fresh.Settings = s
 	// No key may depend on a CRK that only this member has.
-	if err := k.spreadNew(ctx, id, fresh); err != nil {
+	if err := k.spread(ctx, "CRK "+fresh.CRK, func(h holdings) bool { return slices.Contains(h.CRKs, fresh.CRK) }); err != nil {
+		return Instance{}, fmt.Errorf("kms: making instance %s: %w", id, err)
+	}
+	used, err := k.inUse(ctx, fresh.CRK, id)
+	if err != nil {
 		return Instance{}, fmt.Errorf("kms: making instance %s: %w", id, err)
 	}
 	// Every write of the instance's records compares its sealing record, so that
 	// none is made after that has gone with the instance.
-	ops := []store.Op{k.records.Create(id, fresh), k.sealing.Create(id, sealingRecord{Generation: 1}), k.gone.Unchanged(id, 0)}
-	if e, ok := k.crks.Peek(fresh.CRK); ok && e.Value.State == CRKUnused {
-		e.Value.State, e.Value.Changed = CRKActive, k.now().UTC()
-		ops = append(ops, k.crks.Update(e.Key, e.Revision, e.Value))
-	}
+	ops := []store.Op{k.records.Create(id, fresh), k.sealing.Create(id, sealingRecord{Generation: 1}), k.gone.Unchanged(id, 0), used}
 	for _, c := range s.claims() {
 		ops = append(ops, k.claims.Create(c, id))
 	}
 	if err := k.commitAs(ctx, by, nil, "instance create", id, ops...); err != nil {
 		if errors.Is(err, store.ErrExists) || errors.Is(err, store.ErrConflict) {
-			k.dropUnused(ctx, fresh.CRK) // surely not made
 			return Instance{}, fmt.Errorf("kms: instance %s: its id, port or server name %w: %w", id, ErrInstanceExists, err)
 		}
 		return Instance{}, fmt.Errorf("kms: making instance %s: %w", id, err)
 	}
+	if err := k.keyStep("instance made"); err != nil {
+		return Instance{}, err
+	}
 	k.log.Info("kms: instance made", "instance", id, "crk", fresh.CRK, "by", by.Name)
 	return k.Instance(ctx, id)
-}
-
-// spreadNew waits until most members have the CRK of an instance to be.
-func (k *KMS) spreadNew(ctx context.Context, id string, fresh instanceRecord) error {
-	if _, known := k.crks.Peek(fresh.CRK); !known {
-		r := crkRecord{Provider: fresh.Provider, Created: fresh.Created, Changed: fresh.Created, Instance: id, State: CRKUnused}
-		if _, err := k.store.Commit(ctx, k.crks.Create(fresh.CRK, r)); err != nil && !errors.Is(err, store.ErrExists) {
-			return err
-		}
-	}
-	return k.spread(ctx, "CRK "+fresh.CRK, func(h holdings) bool { return slices.Contains(h.CRKs, fresh.CRK) })
-}
-
-// dropUnused has a CRK destroyed that was made for nothing.
-func (k *KMS) dropUnused(ctx context.Context, crk string) {
-	_, err := k.crks.Edit(ctx, crk, func(r *crkRecord) error {
-		if r.State != CRKUnused {
-			return errUnchanged
-		}
-		r.State, r.Changed = CRKDestroying, k.now().UTC()
-		return nil
-	})
-	if err != nil && !errors.Is(err, errUnchanged) {
-		k.log.Warn("kms: a CRK that nothing uses could not be destroyed", "crk", crk, "error", err)
-	}
 }
 
 // providerFor returns the root-key provider of a kind; "" means the one that the

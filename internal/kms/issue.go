@@ -194,8 +194,9 @@ func (k *KMS) authority(ctx context.Context, by Actor, i *instance) (*pki.Author
 			return nil, fmt.Errorf("kms: making the CA of instance %s: %w", i.id, err)
 		}
 		defer fresh.key.Wipe()
-		if err = k.commitAs(ctx, by, i, "ca create", i.id, i.authorities.Create(authorityKey, fresh)); err != nil && !errors.Is(err, store.ErrExists) {
-			return nil, fmt.Errorf("kms: making the CA of instance %s: %w", i.id, err)
+		err = k.act(ctx, by, i, "ca create", i.id, func() ([]store.Op, error) { return []store.Op{i.authorities.Create(authorityKey, fresh)}, nil })
+		if err != nil && !errors.Is(err, store.ErrExists) {
+			return nil, err
 		}
 		e, err = i.authorities.Get(ctx, authorityKey)
 	}

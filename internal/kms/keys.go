@@ -1,6 +1,7 @@
 package kms
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -127,11 +128,13 @@ type custody struct {
 	holdings *store.Collection[holdings]
 	// fetchKeys gets CRKs from another member; nil where there is none.
 	fetchKeys func(ctx context.Context, to Sharer, ids ...string) error
+	making    *making
+	patience  time.Duration           // see spread
 	at        func(step string) error // see keyStep
 }
 
 func openCustody(ctx context.Context, s *store.Store, o Options) (c custody, err error) {
-	c.fetchKeys, c.at = o.FetchKeys, o.step
+	c.fetchKeys, c.making, c.patience, c.at = o.FetchKeys, &making{}, cmp.Or(o.patience, spreadAll), o.step
 	if c.crks, err = store.NewCollection(ctx, s, "crk", store.JSON[crkRecord](1)); err != nil {
 		return c, err
 	}
@@ -280,8 +283,12 @@ const (
 	spreadPoll = 50 * time.Millisecond
 )
 
+// errNowhere: no member has the key that was to be spread.
+var errNowhere = errors.New("no member has it")
+
 // spread waits until the members have a key, by what they report: all of them
-// or, when some do not report within spreadAll, most.
+// or, when some do not report within spreadAll, most. The error matches errNowhere
+// if none has it.
 func (k *KMS) spread(ctx context.Context, what string, has func(holdings) bool) error {
 	if err := k.keepUp(ctx); err != nil {
 		k.log.Warn("kms: keys are not up to date", "error", err)
@@ -300,12 +307,16 @@ func (k *KMS) spread(ctx context.Context, what string, has func(holdings) bool) 
 		if len(missing) == 0 {
 			return nil
 		}
-		if time.Since(begin) > spreadAll {
+		if time.Since(begin) > k.patience {
 			if len(missing)*2 < len(all) && !slices.Contains(missing, k.self()) {
 				k.log.Warn("kms: going on without some members; they get the key when they are back", "key", what, "members", missing)
 				return nil
 			}
-			return fmt.Errorf("%s has not reached %v; without it on most members it is not used", what, missing)
+			err := fmt.Errorf("%s has not reached %v; without it on most members it is not used", what, missing)
+			if len(missing) == len(all) {
+				err = fmt.Errorf("%w: %w", err, errNowhere)
+			}
+			return err
 		}
 		select {
 		case <-time.After(spreadPoll):

@@ -68,7 +68,8 @@ type Options struct {
 	// that there are if no ids are given; nil: this is the only member.
 	FetchKeys func(ctx context.Context, to Sharer, ids ...string) error
 
-	step func(name string) error // see custody.keyStep
+	step     func(name string) error // see custody.keyStep
+	patience time.Duration           // of spread; 0: spreadAll
 }
 
 // KMS is an open key management server. Its methods may be called concurrently.

@@ -22,32 +22,16 @@ import (
 	"github.com/ovh/kmip-go/ttlv"
 
 	"mortise/internal/rootkey"
+	"mortise/internal/rootkey/rootkeytest"
 	"mortise/internal/secret"
 	"mortise/internal/store"
 )
-
-const testPassphrase = "correct horse battery staple"
 
 func TestMain(m *testing.M) {
 	if dir := os.Getenv("KMS_TEST_CHILD"); dir != "" {
 		createForever(dir)
 	}
 	os.Exit(m.Run())
-}
-
-// root opens the root key beside the store in dir, making it the first time.
-func root(dir string) (*rootkey.Key, error) {
-	pass, err := secret.Copy([]byte(testPassphrase))
-	if err != nil {
-		return nil, err
-	}
-	defer pass.Wipe()
-	path := filepath.Join(dir, "root.key")
-	k, err := rootkey.Open(path, pass)
-	if errors.Is(err, os.ErrNotExist) {
-		k, err = rootkey.Create(path, pass, 10)
-	}
-	return k, err
 }
 
 type fixture struct {
@@ -75,7 +59,7 @@ func start(t testing.TB, dir string) *fixture {
 	if err != nil {
 		t.Fatal(err)
 	}
-	r, err := root(dir)
+	r, err := rootkeytest.Keyring(dir)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -84,10 +68,10 @@ func start(t testing.TB, dir string) *fixture {
 	if err != nil {
 		t.Fatal(err)
 	}
-	if err := k.Unlock(t.Context(), SingleCRK(r)); err != nil {
+	if err := k.Unlock(t.Context(), r); err != nil {
 		t.Fatal(err)
 	}
-	t.Cleanup(func() { k.Close(); s.Close(); r.Wipe() })
+	t.Cleanup(func() { k.Close(); s.Close(); r.Close() })
 	return &fixture{k, s, c}
 }
 
@@ -555,8 +539,7 @@ func TestReopen(t *testing.T) {
 	key := keyBytes(t, s, id)
 	f.Close()
 
-	pass, _ := secret.Copy([]byte(testPassphrase))
-	other, err := rootkey.Create(filepath.Join(dir, "other.key"), pass, 10)
+	other, err := rootkeytest.Keyring(t.TempDir())
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -569,8 +552,8 @@ func TestReopen(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	if err := locked.Unlock(t.Context(), SingleCRK(other)); err == nil || !strings.Contains(err.Error(), other.ID()) {
-		t.Errorf("opened with another root key: %v", err)
+	if err := locked.Unlock(t.Context(), other); !errors.Is(err, rootkey.ErrUnknownKey) {
+		t.Errorf("opened with other root keys: %v", err)
 	}
 	if _, err := locked.Clients(t.Context(), DefaultInstance); !errors.Is(err, ErrLocked) {
 		t.Errorf("a locked KMS answers: %v", err)
@@ -677,7 +660,7 @@ func TestOtherInstance(t *testing.T) {
 		t.Fatal(err)
 	}
 	defer st.Close()
-	r, err := root(dir)
+	r, err := rootkeytest.Keyring(dir)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -686,15 +669,19 @@ func TestOtherInstance(t *testing.T) {
 		t.Fatal(err)
 	}
 	for _, id := range []string{"a", "b"} {
-		rec, err := newInstance(ctx, SingleCRK(r), id, time.Now())
+		rec, _, err := k.newInstance(ctx, r, id)
 		if err != nil {
 			t.Fatal(err)
 		}
-		if _, err := st.Commit(ctx, k.records.Create(id, rec)); err != nil {
+		used, err := k.inUse(ctx, rec.CRK, id)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if _, err := st.Commit(ctx, k.records.Create(id, rec), used); err != nil {
 			t.Fatal(err)
 		}
 	}
-	if err := k.Unlock(ctx, SingleCRK(r)); err != nil {
+	if err := k.Unlock(ctx, r); err != nil {
 		t.Fatal(err)
 	}
 	defer k.Close()
@@ -721,7 +708,7 @@ func TestOtherInstance(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	if _, err := k.unwrapInstance(ctx, SingleCRK(r), store.Entry[instanceRecord]{Key: "b", Value: rec.Value}); err == nil {
+	if _, err := k.unwrapInstance(ctx, r, store.Entry[instanceRecord]{Key: "b", Value: rec.Value}); err == nil {
 		t.Error("an instance's keys were unwrapped for another")
 	}
 }
@@ -737,11 +724,11 @@ func createForever(dir string) {
 	ctx := context.Background()
 	st, err := store.Open(ctx, store.Config{Dir: filepath.Join(dir, "state"), Name: "kms"})
 	fail(err)
-	r, err := root(dir)
+	r, err := rootkeytest.Keyring(dir)
 	fail(err)
 	k, err := Open(ctx, st, Options{})
 	fail(err)
-	fail(k.Unlock(ctx, SingleCRK(r)))
+	fail(k.Unlock(ctx, r))
 	for range 4 {
 		go func() {
 			s := &Session{k: k, inst: k.instances[DefaultInstance], Actor: Actor{Name: "child", Role: RoleAdministrator}}

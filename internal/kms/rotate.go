@@ -100,7 +100,7 @@ func (k *KMS) RotateCRK(ctx context.Context, by Actor, instance, crk, kind strin
 		if err != nil {
 			return fmt.Errorf("kms: %w", err)
 		}
-		if e.Value.State != CRKUnused {
+		if e.Value.State != CRKUnused || !e.Value.Imported {
 			return fmt.Errorf("kms: %w: CRK %s is %s; one CRK serves one instance, once", ErrCRKInUse, crk, e.Value.State)
 		}
 		job.Provider = e.Value.Provider
@@ -179,16 +179,20 @@ func (k *KMS) runJob(ctx context.Context, term store.Term, instance string) erro
 			return fmt.Errorf("a job %q at stage %q: this program does not know it", job.Kind, job.Stage)
 		}
 		ops, err := all[at].run(k, ctx, term, instance, &job)
-		if err != nil {
-			return fmt.Errorf("%s: %w", job.Stage, err)
-		}
 		now := k.now().UTC()
-		job.Since, job.Failure = now, ""
-		if at+1 < len(all) {
-			job.Stage = all[at+1].name
-		} else {
-			job.Stage, job.Ended = "", now
+		switch {
+		case errors.Is(err, errAgain):
+			job.Stage, job.Failure = "crk", ""
+		case errors.Is(err, errHopeless):
+			job.Stage, job.Ended, job.Failure = "", now, err.Error()
+		case err != nil:
+			return fmt.Errorf("%s: %w", job.Stage, err)
+		case at+1 < len(all):
+			job.Stage, job.Failure = all[at+1].name, ""
+		default:
+			job.Stage, job.Ended, job.Failure = "", now, ""
 		}
+		job.Since = now
 		// A stage may have saved its progress.
 		last, ok := k.jobs.Peek(instance)
 		if !ok {
@@ -196,11 +200,6 @@ func (k *KMS) runJob(ctx context.Context, term store.Term, instance string) erro
 		}
 		_, err = k.store.Commit(ctx, append(ops, k.jobs.Update(instance, last.Revision, job), term.Guard())...)
 		if errors.Is(err, store.ErrConflict) { // some record has changed meanwhile: the stage again
-			if job.CRK != e.Value.CRK { // made by this stage, and surely not recorded
-				if p, perr := k.provider(job.Provider); perr == nil {
-					_ = p.Destroy(ctx, job.CRK)
-				}
-			}
 			if err := k.store.Sync(ctx); err != nil {
 				return err
 			}
@@ -281,6 +280,9 @@ func (k *KMS) jobReseal(ctx context.Context, term store.Term, instance string, j
 	}
 	for {
 		left, err := r.pass(ctx)
+		if err == nil && left == 0 {
+			err = k.resealAuditKeys(ctx, i, term.Guard())
+		}
 		if err != nil || left == 0 {
 			job.Done = job.Total
 			return nil, err
@@ -438,9 +440,8 @@ func (k *KMS) jobRetire(ctx context.Context, _ store.Term, instance string, job 
 	return []store.Op{k.records.Update(instance, e.Revision, r)}, nil
 }
 
-// jobCRK makes the new CRK. A crash right after it leaves one at the provider
-// that wraps nothing and that nobody knows.
-func (k *KMS) jobCRK(ctx context.Context, _ store.Term, instance string, job *keyJob) ([]store.Op, error) {
+// jobCRK makes the new CRK. In one transaction it is made and the job's.
+func (k *KMS) jobCRK(ctx context.Context, term store.Term, instance string, job *keyJob) ([]store.Op, error) {
 	if job.CRK != "" {
 		return nil, nil
 	}
@@ -455,19 +456,45 @@ func (k *KMS) jobCRK(ctx context.Context, _ store.Term, instance string, job *ke
 	if err != nil {
 		return nil, err
 	}
-	if job.CRK, err = root.Create(ctx); err != nil {
-		return nil, err
-	}
-	if err := k.keyStep("crk made"); err != nil {
-		return nil, err
-	}
-	now := k.now().UTC()
-	return []store.Op{k.crks.Create(job.CRK, crkRecord{Provider: job.Provider, Created: now, Changed: now, Instance: instance, State: CRKUnused})}, nil
+	_, done, err := k.mint(ctx, crkRecord{Provider: job.Provider, Instance: instance, State: CRKUnused},
+		func(id string) error { return root.Create(ctx, id) },
+		func(id string, op store.Op) error {
+			last, err := k.jobs.Get(ctx, instance)
+			if err != nil {
+				return err
+			}
+			job.CRK = id
+			_, err = k.store.Commit(ctx, op, k.jobs.Update(instance, last.Revision, *job), term.Guard())
+			return err
+		})
+	done()
+	return nil, err
 }
 
-// jobSpread waits until the new CRK is not on one member only.
+// Ends of a stage that are neither done nor to be tried as they are.
+var (
+	errAgain    = errors.New("the new CRK is lost; another is made")
+	errHopeless = errors.New("the change of keys has ended, nothing is changed")
+)
+
+// jobSpread waits until the new CRK is not on one member only. One that no member
+// has any more, because its maker is gone for good, is given up.
 func (k *KMS) jobSpread(ctx context.Context, _ store.Term, _ string, job *keyJob) ([]store.Op, error) {
-	return nil, k.spread(ctx, "CRK "+job.CRK, func(h holdings) bool { return slices.Contains(h.CRKs, job.CRK) })
+	err := k.spread(ctx, "CRK "+job.CRK, func(h holdings) bool { return slices.Contains(h.CRKs, job.CRK) })
+	if !errors.Is(err, errNowhere) {
+		return nil, err
+	}
+	e, gerr := k.crks.Get(ctx, job.CRK)
+	if gerr != nil {
+		return nil, gerr
+	}
+	e.Value.State, e.Value.Changed = CRKDestroying, k.now().UTC()
+	ops := []store.Op{k.crks.Update(e.Key, e.Revision, e.Value)}
+	if e.Value.Imported && job.Kind == jobRotateCRK {
+		return ops, fmt.Errorf("%w: %w; import it again", errHopeless, err)
+	}
+	job.CRK = ""
+	return ops, errAgain
 }
 
 // jobRewrap wraps the instance's keys under the new CRK. A shred leaves the old
@@ -510,13 +537,12 @@ func (k *KMS) jobRewrap(ctx context.Context, _ store.Term, instance string, job 
 	if err := k.keyStep("keys wrapped"); err != nil {
 		return nil, err
 	}
-	fresh, err := k.crks.Get(ctx, job.CRK)
+	used, err := k.inUse(ctx, job.CRK, instance)
 	if err != nil {
 		return nil, err
 	}
 	now := k.now().UTC()
-	fresh.Value.State, fresh.Value.Changed, fresh.Value.Instance = CRKActive, now, instance
-	ops := []store.Op{k.records.Update(instance, e.Revision, r), k.crks.Update(job.CRK, fresh.Revision, fresh.Value)}
+	ops := []store.Op{k.records.Update(instance, e.Revision, r), used}
 	old, err := k.crksOf(ctx, instance)
 	if err != nil {
 		return nil, err
@@ -524,7 +550,7 @@ func (k *KMS) jobRewrap(ctx context.Context, _ store.Term, instance string, job 
 	job.Old = nil
 	for _, c := range old {
 		next := CRKRetired
-		if job.Kind == jobShred {
+		if job.Kind == jobShred || c.Value.State == CRKUnused || c.Value.State == CRKMaking {
 			next = CRKDestroying
 		}
 		if c.Key == job.CRK || c.Value.State.ended() || c.Value.State == next {

@@ -22,6 +22,7 @@ import (
 
 	"mortise/internal/pki"
 	"mortise/internal/rootkey"
+	"mortise/internal/rootkey/rootkeytest"
 	"mortise/internal/secret"
 	"mortise/internal/store"
 )
@@ -55,25 +56,10 @@ func (k *keeper) openStore() {
 	k.store = s
 }
 
-func passphrase(t testing.TB) rootkey.Sealing {
-	t.Helper()
-	p, err := secret.Copy([]byte(testPassphrase))
-	if err != nil {
-		t.Fatal(err)
-	}
-	return rootkey.Passphrase(p, 2)
-}
-
 // openRing opens the keyring in dir as a start of the program does.
 func openRing(t testing.TB, dir string) *rootkey.Keyring {
 	t.Helper()
-	path := filepath.Join(dir, "crk.sealed")
-	ring, err := rootkey.LoadKeyring(path)
-	if errors.Is(err, fs.ErrNotExist) {
-		ring, err = rootkey.CreateKeyring(path, passphrase(t))
-	} else if err == nil {
-		err = ring.Unlock(passphrase(t))
-	}
+	ring, err := rootkeytest.Keyring(dir)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -418,15 +404,14 @@ func TestRotateCRK(t *testing.T) {
 func TestDeleteCRK(t *testing.T) {
 	k := keep(t, t.TempDir())
 	ctx := t.Context()
-	rec, err := newInstance(ctx, k.ring, "other", k.now())
+	if _, err := k.CreateInstance(ctx, tester, "other", "", Settings{}); err != nil {
+		t.Fatal(err)
+	}
+	made, err := k.records.Get(ctx, "other")
 	if err != nil {
 		t.Fatal(err)
 	}
-	if _, err := k.store.Commit(ctx, k.records.Create("other", rec)); err != nil {
-		t.Fatal(err)
-	}
-	k.stop()
-	k.start(nil)
+	rec := made.Value
 	keys := objects{}
 	keys.add(t, k.session(), 3)
 	if err := k.keepUp(ctx); err != nil {
@@ -820,7 +805,7 @@ func TestFetchCRKs(t *testing.T) {
 	}
 	create(t, k.session())
 	// A CRK that another member makes comes by itself.
-	fresh, err := peer.Create(ctx)
+	fresh, err := rootkeytest.NewCRK(ctx, peer)
 	if err != nil {
 		t.Fatal(err)
 	}

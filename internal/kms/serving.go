@@ -75,14 +75,19 @@ func (k *KMS) makeDefault(ctx context.Context) error {
 	if err != nil {
 		return err
 	}
-	fresh, err := newInstance(ctx, root, DefaultInstance, k.now())
+	fresh, done, err := k.newInstance(ctx, root, DefaultInstance)
+	defer done()
+	if err != nil {
+		return err
+	}
+	used, err := k.inUse(ctx, fresh.CRK, DefaultInstance)
 	if err != nil {
 		return err
 	}
 	if err := fresh.Settings.check(DefaultInstance); err != nil {
 		return err
 	}
-	ops := []store.Op{k.records.Create(DefaultInstance, fresh)}
+	ops := []store.Op{k.records.Create(DefaultInstance, fresh), used}
 	for _, c := range fresh.Settings.claims() {
 		ops = append(ops, k.claims.Create(c, DefaultInstance))
 	}

@@ -2,7 +2,6 @@ package rootkey
 
 import (
 	"context"
-	"crypto/rand"
 	"errors"
 	"fmt"
 	"io/fs"
@@ -44,6 +43,8 @@ type Sealing interface {
 var (
 	// ErrUnknownKey: the provider holds no open CRK of that id.
 	ErrUnknownKey = errors.New("no such root key is open here")
+	// ErrKeyExists: the provider has a CRK of that id.
+	ErrKeyExists = errors.New("is there already")
 	// ErrSealedOtherwise: the keyring is sealed to something else than what was
 	// given to open it.
 	ErrSealedOtherwise = errors.New("the keyring is sealed in another way")
@@ -168,42 +169,47 @@ func (k *Keyring) Reseal(old Sealing, fresh ...Sealing) error {
 	return k.write(next)
 }
 
-// Create makes a random CRK. It is in the durable file before its id is
-// returned.
-func (k *Keyring) Create(context.Context) (string, error) {
+// Create makes a random CRK of that id: 32 lower-case hexadecimal digits, that no
+// other root key has or had. It is in the durable file when Create returns.
+func (k *Keyring) Create(_ context.Context, id string) error {
 	key, err := secret.Random(nil, keyLen)
 	if err != nil {
-		return "", err
+		return err
 	}
-	return k.insert(key)
+	return k.insert(id, key)
 }
 
 // Import keeps a copy of a CRK that somebody else made: 32 bytes.
-func (k *Keyring) Import(_ context.Context, key *secret.Key) (string, error) {
+func (k *Keyring) Import(_ context.Context, id string, key *secret.Key) error {
 	if key.Len() != keyLen {
-		return "", fmt.Errorf("rootkey: a root key has %d bytes (AES-256), this one has %d", keyLen, key.Len())
+		return fmt.Errorf("rootkey: a root key has %d bytes (AES-256), this one has %d", keyLen, key.Len())
 	}
 	c, err := key.Clone()
 	if err != nil {
-		return "", err
+		return err
 	}
-	return k.insert(c)
+	return k.insert(id, c)
 }
 
 // insert takes over key.
-func (k *Keyring) insert(key *secret.Key) (string, error) {
-	crk := &Key{key: key}
-	if _, err := rand.Read(crk.id[:]); err != nil {
-		crk.Wipe()
-		return "", fmt.Errorf("rootkey: making a key id: %w", err)
+func (k *Keyring) insert(id string, key *secret.Key) error {
+	raw, err := parseID(id)
+	if err != nil {
+		key.Wipe()
+		return err
 	}
+	crk := &Key{id: raw, key: key}
 	k.mu.Lock()
 	defer k.mu.Unlock()
+	if k.ring.find(raw) >= 0 || k.open[id] != nil {
+		crk.Wipe()
+		return fmt.Errorf("rootkey: root key %s %w", id, ErrKeyExists)
+	}
 	if err := k.insertAll([]*Key{crk}); err != nil {
 		crk.Wipe()
-		return "", err
+		return err
 	}
-	return crk.ID(), nil
+	return nil
 }
 
 // insertAll makes keys durable and then usable. Those that the file has already

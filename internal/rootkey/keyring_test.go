@@ -3,6 +3,7 @@ package rootkey
 import (
 	"bytes"
 	"context"
+	"crypto/rand"
 	"errors"
 	"fmt"
 	"io/fs"
@@ -54,11 +55,17 @@ func reload(t testing.TB, path, pass string) *Keyring {
 
 func mustCreate(t testing.TB, k *Keyring) string {
 	t.Helper()
-	id, err := k.Create(t.Context())
-	if err != nil {
+	id := freshID()
+	if err := k.Create(t.Context(), id); err != nil {
 		t.Fatal(err)
 	}
 	return id
+}
+
+func freshID() string {
+	var raw [idLen]byte
+	rand.Read(raw[:])
+	return hexID(raw)
 }
 
 // opens tells whether k opens blob and gets want.
@@ -83,12 +90,23 @@ func TestKeyring(t *testing.T) {
 		t.Errorf("kind %s, sealed by %s", k.Kind(), k.SealedBy())
 	}
 	a, imported := mustCreate(t, k), random(t, 32)
-	b, err := k.Import(ctx, imported)
-	if err != nil || len(a) != 32 || a == b {
-		t.Fatalf("ids %q and %q, %v", a, b, err)
+	b := freshID()
+	err := k.Import(ctx, b, imported)
+	if err != nil {
+		t.Fatal(err)
 	}
-	if _, err := k.Import(ctx, random(t, 16)); err == nil {
+	if err := k.Import(ctx, freshID(), random(t, 16)); err == nil {
 		t.Error("a key of 16 bytes was imported")
+	}
+	for _, id := range []string{a, b} { // an id is used once
+		if err := errors.Join(k.Create(ctx, id), k.Import(ctx, id, random(t, 32))); !errors.Is(err, ErrKeyExists) {
+			t.Errorf("a second key %s: %v", id, err)
+		}
+	}
+	for _, id := range []string{"", "x", a[:31], a + "0", strings.ToUpper(strings.Repeat("ab", 16))} {
+		if k.Create(ctx, id) == nil || k.Import(ctx, id, random(t, 32)) == nil {
+			t.Errorf("a key called %q was made", id)
+		}
 	}
 	key := random(t, 32)
 	blobs := map[string][]byte{}
@@ -437,8 +455,8 @@ func TestKeyringRace(t *testing.T) {
 	for range 4 {
 		all.Go(func() {
 			for range 5 {
-				id, err := k.Create(ctx)
-				if err != nil {
+				id := freshID()
+				if err := k.Create(ctx, id); err != nil {
 					t.Error(err)
 					return
 				}

@@ -8,7 +8,6 @@ import (
 	"errors"
 	"fmt"
 	"io"
-	"io/fs"
 	"net"
 	"os"
 	"path/filepath"
@@ -23,8 +22,7 @@ import (
 	"mortise/internal/kms"
 	"mortise/internal/kms/kmipd"
 	"mortise/internal/pki"
-	"mortise/internal/rootkey"
-	"mortise/internal/secret"
+	"mortise/internal/rootkey/rootkeytest"
 	"mortise/internal/store"
 )
 
@@ -100,15 +98,7 @@ func openKMS(ctx context.Context, dir string) (*store.Store, *kms.KMS, error) {
 	if err != nil {
 		return nil, nil, err
 	}
-	pass, err := secret.Copy([]byte("bench"))
-	if err != nil {
-		return nil, nil, err
-	}
-	path := filepath.Join(dir, "root.key")
-	root, err := rootkey.Open(path, pass)
-	if errors.Is(err, fs.ErrNotExist) {
-		root, err = rootkey.Create(path, pass, 10)
-	}
+	root, err := rootkeytest.Keyring(dir)
 	if err != nil {
 		return nil, nil, err
 	}
@@ -116,7 +106,7 @@ func openKMS(ctx context.Context, dir string) (*store.Store, *kms.KMS, error) {
 	if err != nil {
 		return nil, nil, err
 	}
-	return s, k, k.Unlock(ctx, kms.SingleCRK(root))
+	return s, k, k.Unlock(ctx, root)
 }
 
 func startKMS(ctx context.Context, dir string) (*kmsBench, error) {

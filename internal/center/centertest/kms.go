@@ -22,6 +22,7 @@ import (
 	"mortise/internal/provider"
 	"mortise/internal/provider/standard"
 	"mortise/internal/rootkey"
+	"mortise/internal/rootkey/rootkeytest"
 	"mortise/internal/secret"
 	"mortise/internal/store"
 )
@@ -71,7 +72,10 @@ type KMS struct {
 func StartKMS(t testing.TB) *KMS {
 	t.Helper()
 	dir := t.TempDir()
-	root := RootKey(t, dir)
+	ring, err := rootkeytest.Keyring(dir)
+	if err != nil {
+		t.Fatal(err)
+	}
 	s, err := store.Open(context.Background(), store.Config{Dir: filepath.Join(dir, "state"), Name: "kms"})
 	if err != nil {
 		t.Fatal(err)
@@ -80,7 +84,7 @@ func StartKMS(t testing.TB) *KMS {
 	if k.kms, err = kms.Open(context.Background(), s, kms.Options{Logger: slog.New(slog.DiscardHandler)}); err != nil {
 		t.Fatal(err)
 	}
-	if err := k.kms.Unlock(context.Background(), kms.SingleCRK(root)); err != nil {
+	if err := k.kms.Unlock(context.Background(), ring); err != nil {
 		t.Fatal(err)
 	}
 	key, err := pki.GenerateKey()
@@ -99,7 +103,7 @@ func StartKMS(t testing.TB) *KMS {
 		k.Stop()
 		s.Close()
 		k.kms.Close()
-		root.Wipe()
+		ring.Close()
 	})
 	return k
 }

@@ -17,8 +17,7 @@ import (
 
 	"mortise/internal/kms"
 	"mortise/internal/pki"
-	"mortise/internal/rootkey"
-	"mortise/internal/secret"
+	"mortise/internal/rootkey/rootkeytest"
 	"mortise/internal/store"
 )
 
@@ -52,12 +51,7 @@ func start(t testing.TB) *bed {
 	if err != nil {
 		t.Fatal(err)
 	}
-	pass, err := secret.Copy([]byte("passphrase of the tests"))
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer pass.Wipe()
-	root, err := rootkey.Create(filepath.Join(dir, "root.key"), pass, 10)
+	root, err := rootkeytest.Keyring(dir)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -66,7 +60,7 @@ func start(t testing.TB) *bed {
 	if b.KMS, err = kms.Open(t.Context(), s, kms.Options{Logger: log, Now: b.clock.now}); err != nil {
 		t.Fatal(err)
 	}
-	if err := b.Unlock(t.Context(), kms.SingleCRK(root)); err != nil {
+	if err := b.Unlock(t.Context(), root); err != nil {
 		t.Fatal(err)
 	}
 	b.api = New(Options{KMS: b.KMS, Logger: log, Now: b.clock.now, Version: "test"})
@@ -89,7 +83,7 @@ func start(t testing.TB) *bed {
 		}
 	})
 	b.socket = DialSocket(b.path)
-	t.Cleanup(func() { b.stop(); b.Close(); s.Close(); root.Wipe(); os.RemoveAll(sockets) })
+	t.Cleanup(func() { b.stop(); b.Close(); s.Close(); root.Close(); os.RemoveAll(sockets) })
 	return b
 }
 

@@ -14,6 +14,7 @@ import (
 
 	"mortise/internal/kms"
 	"mortise/internal/rootkey"
+	"mortise/internal/rootkey/rootkeytest"
 	"mortise/internal/secret"
 	"mortise/internal/store"
 )
@@ -60,7 +61,7 @@ func TestRootKeys(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	if _, err := ring.Create(ctx); err != nil { // so that a locked keyring shows
+	if _, err := rootkeytest.NewCRK(ctx, ring); err != nil { // so that a locked keyring shows
 		t.Fatal(err)
 	}
 	ring.Close()

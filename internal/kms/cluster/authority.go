@@ -41,6 +41,25 @@ func (s rootSealer) Open(blob, aad []byte) (*secret.Key, error) {
 	return s.keys.Open(s.ctx, s.id, blob, aad)
 }
 
+// authorityUse is what the KMS knows the root key of the peers' CA by.
+const authorityUse = "the members' CA"
+
+// recordRootKey tells the KMS of the root key of a CA that was made when root keys
+// of its kind were not recorded.
+func (n *Node) recordRootKey(ctx context.Context, st *state) error {
+	e, err := st.authority.Get(ctx, authorityKey)
+	if errors.Is(err, store.ErrNotFound) {
+		return nil
+	}
+	if err == nil {
+		err = n.kms.RecordRootKey(ctx, e.Value.Root, e.Value.Kind, authorityUse)
+	}
+	if err != nil {
+		return fmt.Errorf("cluster: recording the root key of the peers' CA: %w", err)
+	}
+	return nil
+}
+
 // issue certifies a member's key.
 func issue(ca *pki.Authority, csr *x509.CertificateRequest, name string, life time.Duration, now time.Time) (*x509.Certificate, error) {
 	return ca.Issue(csr, pki.Grant{Identity: identity(name), Hosts: []string{store.PeerHost}, Server: true, Client: true, Life: life}, now)
@@ -58,15 +77,17 @@ func request(key crypto.Signer) (*x509.CertificateRequest, error) {
 // keepAuthority seals the CA's key into the store, under a new root key that is
 // the cluster's own, once the first member is unlocked.
 func (n *Node) keepAuthority(ctx context.Context) error {
+	n.sealing.Lock() // one at a time, and the next finds nothing to do
+	defer n.sealing.Unlock()
 	n.mu.Lock()
 	fresh, keys, state := n.fresh, n.keys, n.state
 	n.mu.Unlock()
 	if fresh == nil || len(keys) == 0 {
 		return nil
 	}
-	id, err := keys[0].Create(ctx)
+	id, err := n.kms.MakeRootKey(ctx, keys[0], authorityUse)
 	if err != nil {
-		return fmt.Errorf("cluster: making the root key of the peers' CA: %w", err)
+		return fmt.Errorf("cluster: %w", err)
 	}
 	sealed, err := fresh.Seal(rootSealer{ctx, keys[0], id})
 	if err != nil {
@@ -76,6 +97,9 @@ func (n *Node) keepAuthority(ctx context.Context) error {
 	// marked as unsealed, its CA has certified nobody else.
 	if _, err := n.store.Commit(ctx, state.authority.Put(authorityKey, authorityRecord{fresh.Certificate().Raw, keys[0].Kind(), id, sealed})); err != nil {
 		return fmt.Errorf("cluster: keeping the peers' CA: %w", err)
+	}
+	if err := n.kms.DropRootKeys(ctx, authorityUse, id); err != nil {
+		return fmt.Errorf("cluster: %w", err)
 	}
 	if err := n.sealedNow(); err != nil {
 		return err

@@ -12,6 +12,7 @@ import (
 	"net"
 	"net/http"
 	"net/url"
+	"slices"
 	"time"
 
 	"mortise/internal/kms"
@@ -56,6 +57,15 @@ func (n *Node) callHandler() http.Handler {
 		}
 		reply(w, s, nil)
 	})
+	mux.HandleFunc("POST /v1/keyids", func(w http.ResponseWriter, r *http.Request) {
+		var req shareRequest
+		err := decode(w, r, &req)
+		var ids []string
+		if err == nil {
+			ids, err = n.listKeys(r.Context(), req.Kind)
+		}
+		reply(w, ids, err)
+	})
 	mux.HandleFunc("POST /v1/keys", func(w http.ResponseWriter, r *http.Request) {
 		var req shareRequest
 		if err := decode(w, r, &req); err != nil {
@@ -75,7 +85,8 @@ func (n *Node) callHandler() http.Handler {
 	return mux
 }
 
-func (n *Node) share(ctx context.Context, req shareRequest) (*secret.Key, error) {
+// sharer is this member's open provider of a kind.
+func (n *Node) sharer(kind string) (Sharer, error) {
 	n.mu.Lock()
 	keys := n.keys
 	n.mu.Unlock()
@@ -83,20 +94,33 @@ func (n *Node) share(ctx context.Context, req shareRequest) (*secret.Key, error)
 		return nil, ErrLocked
 	}
 	for _, k := range keys {
-		sharer, can := k.(Sharer)
-		if !can || k.Kind() != req.Kind {
-			continue
+		if s, can := k.(Sharer); can && k.Kind() == kind {
+			return s, nil
 		}
-		ids := req.IDs
-		if len(ids) == 0 {
-			var err error
-			if ids, err = k.List(ctx); err != nil {
-				return nil, err
-			}
-		}
-		return sharer.Share(ctx, ids)
 	}
-	return nil, fmt.Errorf("%w: no root keys of kind %q are here", ErrInvalid, short(req.Kind))
+	return nil, fmt.Errorf("%w: no root keys of kind %q are here", ErrInvalid, short(kind))
+}
+
+func (n *Node) listKeys(ctx context.Context, kind string) ([]string, error) {
+	s, err := n.sharer(kind)
+	if err != nil {
+		return nil, err
+	}
+	return s.List(ctx)
+}
+
+func (n *Node) share(ctx context.Context, req shareRequest) (*secret.Key, error) {
+	s, err := n.sharer(req.Kind)
+	if err != nil {
+		return nil, err
+	}
+	ids := req.IDs
+	if len(ids) == 0 {
+		if ids, err = s.List(ctx); err != nil {
+			return nil, err
+		}
+	}
+	return s.Share(ctx, ids)
 }
 
 // Unlocked gives the node the open root-key providers: from now on it certifies
@@ -107,38 +131,96 @@ func (n *Node) Unlocked(keys ...kms.RootKeys) {
 	n.keys = keys
 }
 
-// FetchKeys asks the other members for root keys, all that there are when no ids
-// are given, until one has some, and gives them to the provider. ErrNoPeer tells
-// that no other member is there or unlocked.
+// maxShare is how many root keys are asked for at once.
+const maxShare = 64
+
+// FetchKeys asks the other members for root keys, all that they have when no ids
+// are given, until all that are asked for are there, and gives them to the
+// provider. It is no error if some are nowhere. ErrNoPeer tells that no other
+// member is there or unlocked.
 func (n *Node) FetchKeys(ctx context.Context, to Sharer, ids ...string) error {
 	peers, err := n.peers(ctx)
 	if err != nil {
 		return err
 	}
-	body, err := json.Marshal(shareRequest{to.Kind(), ids})
-	if err != nil {
-		return err
-	}
-	failures := []error{ErrNoPeer}
+	failures, answered := []error{ErrNoPeer}, false
 	for name, address := range peers {
-		text, err := n.call(ctx, name, address, http.MethodPost, "/v1/keys", body)
+		complete, err := n.fetchFrom(ctx, name, address, to, ids)
 		if err != nil {
 			failures = append(failures, fmt.Errorf("%s: %w", name, err))
 			continue
 		}
-		share, err := secret.Take(text)
-		if err != nil {
-			return err
-		}
-		err = to.Adopt(ctx, share)
-		share.Wipe()
-		if err != nil {
-			return fmt.Errorf("cluster: keeping the root keys from %s: %w", name, err)
-		}
+		answered = true
 		n.log.Info("root keys came from a peer", "peer", name)
+		if complete {
+			return nil
+		}
+	}
+	if answered {
 		return nil
 	}
 	return fmt.Errorf("cluster: asking for root keys: %w", errors.Join(failures...))
+}
+
+// fetchFrom gets root keys from one member, and tells whether those that were
+// asked for are all there then.
+func (n *Node) fetchFrom(ctx context.Context, name, address string, to Sharer, ids []string) (complete bool, err error) {
+	wanted := ids
+	if len(wanted) == 0 {
+		if wanted, err = n.askIDs(ctx, name, address, to.Kind()); err != nil {
+			return false, err
+		}
+	}
+	if len(wanted) == 0 { // a token without keys still has what opens it
+		return len(ids) == 0, n.adoptFrom(ctx, name, address, to, nil)
+	}
+	for chunk := range slices.Chunk(wanted, maxShare) {
+		if err := n.adoptFrom(ctx, name, address, to, chunk); err != nil {
+			return false, err
+		}
+	}
+	here, err := to.List(ctx)
+	if err != nil {
+		return false, err
+	}
+	return !slices.ContainsFunc(ids, func(id string) bool { return !slices.Contains(here, id) }), nil
+}
+
+// askIDs asks a member which root keys of a kind it has. One of an earlier release
+// does not tell: it hands over all that fit into one answer when none are named.
+func (n *Node) askIDs(ctx context.Context, name, address, kind string) (ids []string, err error) {
+	body, err := json.Marshal(shareRequest{Kind: kind})
+	if err != nil {
+		return nil, err
+	}
+	text, err := n.call(ctx, name, address, http.MethodPost, "/v1/keyids", body)
+	if errors.Is(err, errNoCall) {
+		return nil, nil
+	}
+	if err == nil {
+		err = json.Unmarshal(text, &ids)
+	}
+	return ids, err
+}
+
+func (n *Node) adoptFrom(ctx context.Context, name, address string, to Sharer, ids []string) error {
+	body, err := json.Marshal(shareRequest{to.Kind(), ids})
+	if err != nil {
+		return err
+	}
+	text, err := n.call(ctx, name, address, http.MethodPost, "/v1/keys", body)
+	if err != nil {
+		return err
+	}
+	share, err := secret.Take(text)
+	if err != nil {
+		return err
+	}
+	defer share.Wipe()
+	if err := to.Adopt(ctx, share); err != nil {
+		return fmt.Errorf("keeping its root keys: %w", err)
+	}
+	return nil
 }
 
 // compareClocks tells the KMS how far the other members' clocks are from this
@@ -278,6 +360,9 @@ func reply(w http.ResponseWriter, v any, err error) {
 	json.NewEncoder(w).Encode(v)
 }
 
+// errNoCall: the member's program is older than the call.
+var errNoCall = errors.New("the member does not know the call")
+
 // refusal is the error in an answer, nil for a good one.
 func refusal(code int, text []byte) error {
 	if code == http.StatusOK {
@@ -292,6 +377,8 @@ func refusal(code int, text []byte) error {
 		return fmt.Errorf("%w: %s", store.ErrUnavailable, e.Error)
 	case http.StatusGone:
 		return store.ErrRemoved
+	case http.StatusNotFound:
+		return errNoCall
 	}
 	return errors.New(e.Error)
 }

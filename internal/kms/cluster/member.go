@@ -284,6 +284,9 @@ func (n *Node) Attach(ctx context.Context, s *store.Store, k *kms.KMS) error {
 	if err := n.checkFormat(ctx, st); err != nil {
 		return err
 	}
+	if err := n.recordRootKey(ctx, st); err != nil {
+		return err
+	}
 	w := s.Watch("member", "format") // from here, so that no change is missed
 	if err := n.register(ctx); err != nil {
 		w.Close()

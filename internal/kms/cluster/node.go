@@ -62,6 +62,7 @@ type Node struct {
 	front  *front
 	joined map[string]string // all members' URLs, between joining and the first start
 
+	sealing sync.Mutex // held while the CA's key is sealed
 	mu      sync.Mutex
 	fresh   *pki.Authority // made at this start and not in the store yet
 	address string

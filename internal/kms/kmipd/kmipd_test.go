@@ -28,8 +28,7 @@ import (
 
 	"mortise/internal/kms"
 	"mortise/internal/pki"
-	"mortise/internal/rootkey"
-	"mortise/internal/secret"
+	"mortise/internal/rootkey/rootkeytest"
 	"mortise/internal/store"
 )
 
@@ -62,11 +61,7 @@ func openKMS(t testing.TB) *kms.KMS {
 	if err != nil {
 		t.Fatal(err)
 	}
-	pass, err := secret.Copy([]byte("passphrase of the tests"))
-	if err != nil {
-		t.Fatal(err)
-	}
-	root, err := rootkey.Create(filepath.Join(dir, "root.key"), pass, 10)
+	root, err := rootkeytest.Keyring(dir)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -74,10 +69,10 @@ func openKMS(t testing.TB) *kms.KMS {
 	if err != nil {
 		t.Fatal(err)
 	}
-	if err := k.Unlock(t.Context(), kms.SingleCRK(root)); err != nil {
+	if err := k.Unlock(t.Context(), root); err != nil {
 		t.Fatal(err)
 	}
-	t.Cleanup(func() { k.Close(); s.Close(); root.Wipe(); pass.Wipe() })
+	t.Cleanup(func() { k.Close(); s.Close(); root.Close() })
 	return k
 }
 

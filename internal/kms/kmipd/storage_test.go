@@ -16,14 +16,14 @@ import (
 
 	"mortise/internal/kms"
 	"mortise/internal/rootkey"
-	"mortise/internal/secret"
+	"mortise/internal/rootkey/rootkeytest"
 	"mortise/internal/store"
 )
 
 // state is a KMS's folder, which can be opened again and again.
 type state struct {
 	dir    string
-	root   *rootkey.Key
+	root   *rootkey.Keyring
 	client tls.Certificate // that serve lets in at the first time
 	log    *syncBuffer
 }
@@ -31,14 +31,11 @@ type state struct {
 func newState(t *testing.T) *state {
 	t.Helper()
 	s := &state{dir: t.TempDir(), log: &syncBuffer{}}
-	pass, err := secret.Copy([]byte("passphrase of the tests"))
-	if err != nil {
+	var err error
+	if s.root, err = rootkeytest.Keyring(s.dir); err != nil {
 		t.Fatal(err)
 	}
-	if s.root, err = rootkey.Create(filepath.Join(s.dir, "root.key"), pass, 10); err != nil {
-		t.Fatal(err)
-	}
-	t.Cleanup(func() { s.root.Wipe(); pass.Wipe() })
+	t.Cleanup(func() { s.root.Close() })
 	return s
 }
 
@@ -60,7 +57,7 @@ func (s *state) serve(t *testing.T, st *store.Store) (b *bed, stop func()) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	if err := k.Unlock(t.Context(), kms.SingleCRK(s.root)); err != nil {
+	if err := k.Unlock(t.Context(), s.root); err != nil {
 		t.Fatal(err)
 	}
 	b = serveOver(t, k, Options{})

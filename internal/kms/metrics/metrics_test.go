@@ -15,8 +15,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"mortise/internal/kms"
-	"mortise/internal/rootkey"
-	"mortise/internal/secret"
+	"mortise/internal/rootkey/rootkeytest"
 	"mortise/internal/store"
 )
 
@@ -111,17 +110,12 @@ func TestScrape(t *testing.T) {
 	ready(http.StatusServiceUnavailable, "lock", "quarantine")
 	has("mortise_kms_locked 1", "mortise_kms_quarantined 1", "mortise_kms_ready 0", `mortise_kms_build_info{version="1.2.3"} 1`, "mortise_kms_server_certificate_expiry_seconds 2e+09")
 
-	pass, err := secret.Copy([]byte("correct horse battery staple"))
+	root, err := rootkeytest.Keyring(dir)
 	if err != nil {
 		t.Fatal(err)
 	}
-	root, err := rootkey.Create(filepath.Join(dir, "root.key"), pass, 10)
-	pass.Wipe()
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer root.Wipe()
-	if err := k.Unlock(t.Context(), kms.SingleCRK(root)); err != nil {
+	defer root.Close()
+	if err := k.Unlock(t.Context(), root); err != nil {
 		t.Fatal(err)
 	}
 	alive()

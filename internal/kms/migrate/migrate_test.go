@@ -29,7 +29,7 @@ import (
 	"mortise/internal/kms"
 	"mortise/internal/kms/kmipd"
 	"mortise/internal/pki"
-	"mortise/internal/rootkey"
+	"mortise/internal/rootkey/rootkeytest"
 	"mortise/internal/secret"
 	"mortise/internal/store"
 )
@@ -61,16 +61,7 @@ func pair(t testing.TB, g pki.Grant, name string) tls.Certificate {
 
 // openKMS opens the KMS in a folder, a new one if it is empty.
 func openKMS(ctx context.Context, dir string) (*kms.KMS, func(), error) {
-	pass, err := secret.Copy([]byte("passphrase of the tests"))
-	if err != nil {
-		return nil, nil, err
-	}
-	defer pass.Wipe()
-	path := filepath.Join(dir, "root.key")
-	root, err := rootkey.Open(path, pass)
-	if errors.Is(err, os.ErrNotExist) {
-		root, err = rootkey.Create(path, pass, 10)
-	}
+	root, err := rootkeytest.Keyring(dir)
 	if err != nil {
 		return nil, nil, err
 	}
@@ -80,9 +71,9 @@ func openKMS(ctx context.Context, dir string) (*kms.KMS, func(), error) {
 	}
 	k, err := kms.Open(ctx, s, kms.Options{})
 	if err == nil {
-		err = k.Unlock(ctx, kms.SingleCRK(root))
+		err = k.Unlock(ctx, root)
 	}
-	return k, func() { k.Close(); s.Close(); root.Wipe() }, err
+	return k, func() { k.Close(); s.Close(); root.Close() }, err
 }
 
 func administrator() kms.Actor {

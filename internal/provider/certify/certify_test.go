@@ -28,8 +28,7 @@ import (
 	"mortise/internal/kms"
 	"mortise/internal/kms/kmipd"
 	"mortise/internal/pki"
-	"mortise/internal/rootkey"
-	"mortise/internal/secret"
+	"mortise/internal/rootkey/rootkeytest"
 	"mortise/internal/store"
 )
 
@@ -91,12 +90,7 @@ func startKMS(t *testing.T) (*kms.KMS, string, *x509.Certificate) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	pass, err := secret.Copy([]byte("passphrase of the tests"))
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer pass.Wipe()
-	root, err := rootkey.Create(filepath.Join(dir, "root.key"), pass, 10)
+	root, err := rootkeytest.Keyring(dir)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -104,7 +98,7 @@ func startKMS(t *testing.T) (*kms.KMS, string, *x509.Certificate) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	if err := k.Unlock(t.Context(), kms.SingleCRK(root)); err != nil {
+	if err := k.Unlock(t.Context(), root); err != nil {
 		t.Fatal(err)
 	}
 	server := serverPair(t)
@@ -125,7 +119,7 @@ func startKMS(t *testing.T) (*kms.KMS, string, *x509.Certificate) {
 			t.Error(err)
 		}
 		k.Close()
-		root.Wipe()
+		root.Close()
 		s.Close()
 	})
 	return k, l.Addr().String(), server.Leaf

@@ -20,8 +20,7 @@ import (
 	"mortise/internal/pki"
 	"mortise/internal/provider"
 	"mortise/internal/provider/providertest"
-	"mortise/internal/rootkey"
-	"mortise/internal/secret"
+	"mortise/internal/rootkey/rootkeytest"
 	"mortise/internal/store"
 )
 
@@ -43,12 +42,7 @@ type front struct {
 func startOurs(t testing.TB, endpoints int, cfg *kmipc.Config) *ours {
 	t.Helper()
 	dir := t.TempDir()
-	pass, err := secret.Copy([]byte("passphrase"))
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer pass.Wipe()
-	root, err := rootkey.Create(filepath.Join(dir, "root.key"), pass, 2)
+	root, err := rootkeytest.Keyring(dir)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -60,10 +54,10 @@ func startOurs(t testing.TB, endpoints int, cfg *kmipc.Config) *ours {
 	if err != nil {
 		t.Fatal(err)
 	}
-	if err := k.Unlock(context.Background(), kms.SingleCRK(root)); err != nil {
+	if err := k.Unlock(context.Background(), root); err != nil {
 		t.Fatal(err)
 	}
-	t.Cleanup(func() { s.Close(); k.Close(); root.Wipe() })                // until it is closed the store unseals what it watches
+	t.Cleanup(func() { s.Close(); k.Close(); root.Close() })               // until it is closed the store unseals what it watches
 	cfg.Certificate = pair(t, pki.Grant{}, pki.KMIPClientName(time.Now())) // no extended key usage, as S3 allows
 	if _, err := k.AddClient(context.Background(), kms.Actor{}, kms.DefaultInstance, kms.NewClient{Certificate: cfg.Certificate.Leaf, Role: kms.RoleAdministrator}); err != nil {
 		t.Fatal(err)

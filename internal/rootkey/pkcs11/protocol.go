@@ -42,6 +42,7 @@ const (
 	statusPIN     = 3 // the token refuses to log in
 	statusToken   = 4 // anything else that the token says
 	statusRequest = 5 // the request makes no sense
+	statusExists  = 6 // a key of that id is there
 )
 
 type message struct {

@@ -26,6 +26,7 @@ type Device interface {
 // What a Device and, with more words, a Token answer.
 var (
 	ErrUnknownKey = errors.New("no such key in the token")
+	ErrKeyExists  = errors.New("the token has a key of that id")
 	ErrBlob       = errors.New("the token does not decrypt it: damaged, or wrapped for something else")
 	ErrPIN        = errors.New("the token refuses the PIN")
 )
@@ -62,6 +63,8 @@ func statusOf(err error) byte {
 	switch {
 	case errors.Is(err, ErrUnknownKey):
 		return statusUnknown
+	case errors.Is(err, ErrKeyExists):
+		return statusExists
 	case errors.Is(err, ErrBlob):
 		return statusBlob
 	case errors.Is(err, ErrPIN):

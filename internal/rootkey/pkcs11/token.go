@@ -15,7 +15,6 @@ package pkcs11
 import (
 	"bytes"
 	"context"
-	"crypto/rand"
 	"encoding/hex"
 	"errors"
 	"fmt"
@@ -124,29 +123,34 @@ func (t *Token) Unlock(ctx context.Context, pin *secret.Key) error {
 	return nil
 }
 
-// Create makes a key in the token.
-func (t *Token) Create(ctx context.Context) (string, error) {
-	id := make([]byte, idLen)
-	if _, err := rand.Read(id); err != nil {
-		return "", fmt.Errorf("pkcs11: making a key id: %w", err)
+// Create makes a key in the token, of an id of 32 hexadecimal digits that no other
+// key has or had.
+func (t *Token) Create(ctx context.Context, id string) error {
+	raw, err := parseID(id)
+	if err != nil {
+		return err
 	}
-	_, err := t.call(ctx, message{opCreate, [][]byte{id}}, 0)
-	return hex.EncodeToString(id), err
+	if _, err = t.call(ctx, message{opCreate, [][]byte{raw}}, 0); err != nil {
+		return fmt.Errorf("pkcs11: making root key %s: %w", id, err)
+	}
+	return nil
 }
 
 // Import puts a key of 32 bytes into the token. Some tokens refuse keys that
 // they have not made.
-func (t *Token) Import(ctx context.Context, key *secret.Key) (string, error) {
+func (t *Token) Import(ctx context.Context, id string, key *secret.Key) error {
 	if key.Len() != keyLen {
-		return "", fmt.Errorf("pkcs11: a root key has %d bytes (AES-256), this one has %d", keyLen, key.Len())
+		return fmt.Errorf("pkcs11: a root key has %d bytes (AES-256), this one has %d", keyLen, key.Len())
 	}
-	id := make([]byte, idLen)
-	if _, err := rand.Read(id); err != nil {
-		return "", fmt.Errorf("pkcs11: making a key id: %w", err)
+	raw, err := parseID(id)
+	if err != nil {
+		return err
 	}
-	var err error
-	key.Use(func(b []byte) { _, err = t.call(ctx, message{opImport, [][]byte{id, b}}, 0) })
-	return hex.EncodeToString(id), err
+	key.Use(func(b []byte) { _, err = t.call(ctx, message{opImport, [][]byte{raw, b}}, 0) })
+	if err != nil {
+		return fmt.Errorf("pkcs11: importing root key %s: %w", id, err)
+	}
+	return nil
 }
 
 // Seal wraps a key under the CRK called id, bound to additional data.
@@ -312,6 +316,8 @@ func (t *Token) ask(m message, want int) ([][]byte, error) {
 	switch got.code {
 	case statusUnknown:
 		return nil, ErrUnknownKey
+	case statusExists:
+		return nil, ErrKeyExists
 	case statusBlob:
 		return nil, fmt.Errorf("%w (%s)", ErrBlob, text)
 	case statusPIN:

@@ -16,6 +16,7 @@ import (
 	"testing"
 	"time"
 
+	"mortise/internal/rootkey/rootkeytest"
 	"mortise/internal/secret"
 )
 
@@ -110,20 +111,27 @@ func TestToken(t *testing.T) {
 	if tok.Kind() != "pkcs11" {
 		t.Errorf("kind %s", tok.Kind())
 	}
-	a, err := tok.Create(ctx)
-	if err != nil {
+	a, b := rootkeytest.NewID(), rootkeytest.NewID()
+	if err := tok.Create(ctx, a); err != nil {
 		t.Fatal(err)
 	}
 	imported, err := secret.Random(nil, 32)
 	if err != nil {
 		t.Fatal(err)
 	}
-	b, err := tok.Import(ctx, imported)
-	if err != nil {
+	if err := tok.Import(ctx, b, imported); err != nil {
 		t.Fatal(err)
 	}
-	if _, err := tok.Import(ctx, key(t, "short")); err == nil {
+	if err := tok.Import(ctx, rootkeytest.NewID(), key(t, "short")); err == nil {
 		t.Error("a key of 5 bytes was imported")
+	}
+	for _, id := range []string{a, b} { // an id is used once
+		if err := tok.Create(ctx, id); !errors.Is(err, ErrKeyExists) {
+			t.Errorf("a second key %s: %v", id, err)
+		}
+		if err := tok.Import(ctx, id, imported); !errors.Is(err, ErrKeyExists) {
+			t.Errorf("a second key %s: %v", id, err)
+		}
 	}
 	if list, err := tok.List(ctx); err != nil || !slices.Equal(list, []string{min(a, b), max(a, b)}) {
 		t.Errorf("list %v, %v", list, err)
@@ -191,7 +199,7 @@ func TestToken(t *testing.T) {
 	if err := peer.Close(); err != nil {
 		t.Error(err)
 	}
-	if _, err := peer.Create(ctx); err == nil {
+	if err := peer.Create(ctx, rootkeytest.NewID()); err == nil {
 		t.Error("a closed token made a key")
 	}
 }
@@ -199,7 +207,7 @@ func TestToken(t *testing.T) {
 // TestNotExtractable asks the token itself, by OpenSC's tool, about a CRK.
 func TestNotExtractable(t *testing.T) {
 	cfg := soft(t)
-	if _, err := unlocked(t, cfg).Create(t.Context()); err != nil {
+	if err := unlocked(t, cfg).Create(t.Context(), rootkeytest.NewID()); err != nil {
 		t.Fatal(err)
 	}
 	tool, err := exec.LookPath("pkcs11-tool")
@@ -250,13 +258,13 @@ func TestWrongPIN(t *testing.T) {
 	if err := tok.Unlock(ctx, key(t, "4321")); !errors.Is(err, ErrPIN) {
 		t.Errorf("wrong PIN: %v", err)
 	}
-	if _, err := tok.Create(ctx); !errors.Is(err, ErrLocked) { // it is not tried again
+	if err := tok.Create(ctx, rootkeytest.NewID()); !errors.Is(err, ErrLocked) { // it is not tried again
 		t.Errorf("after a wrong PIN: %v", err)
 	}
 	if err := tok.Unlock(ctx, key(t, "1234")); err != nil {
 		t.Errorf("right PIN: %v", err)
 	}
-	if _, err := tok.Create(ctx); err != nil {
+	if err := tok.Create(ctx, rootkeytest.NewID()); err != nil {
 		t.Error(err)
 	}
 }
@@ -312,8 +320,8 @@ func TestFaults(t *testing.T) {
 	cfg := soft(t)
 	cfg.Timeout = time.Second
 	tok := unlocked(t, cfg)
-	id, err := tok.Create(ctx)
-	if err != nil {
+	id := rootkeytest.NewID()
+	if err := tok.Create(ctx, id); err != nil {
 		t.Fatal(err)
 	}
 	inst := key(t, "an instance key of 32 bytes.....")
@@ -404,8 +412,8 @@ func TestOrphan(t *testing.T) {
 func TestRace(t *testing.T) {
 	ctx := t.Context()
 	tok := unlocked(t, soft(t))
-	id, err := tok.Create(ctx)
-	if err != nil {
+	id := rootkeytest.NewID()
+	if err := tok.Create(ctx, id); err != nil {
 		t.Fatal(err)
 	}
 	inst := key(t, "an instance key of 32 bytes.....")
