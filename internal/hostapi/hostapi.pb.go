@@ -262,7 +262,7 @@ func (x Fault_Kind) Number() protoreflect.EnumNumber {
 
 // Deprecated: Use Fault_Kind.Descriptor instead.
 func (Fault_Kind) EnumDescriptor() ([]byte, []int) {
-	return file_internal_hostapi_hostapi_proto_rawDescGZIP(), []int{50, 0}
+	return file_internal_hostapi_hostapi_proto_rawDescGZIP(), []int{57, 0}
 }
 
 type JoinRequest struct {
@@ -1607,6 +1607,7 @@ type DiskInfo struct {
 	BoundaryBytes  int64                  `protobuf:"varint,12,opt,name=boundary_bytes,json=boundaryBytes,proto3" json:"boundary_bytes,omitempty"` // of a conversion
 	TargetKeyId    *KeyID                 `protobuf:"bytes,13,opt,name=target_key_id,json=targetKeyId,proto3" json:"target_key_id,omitempty"`      // of a conversion
 	Problem        string                 `protobuf:"bytes,14,opt,name=problem,proto3" json:"problem,omitempty"`
+	Back           bool                   `protobuf:"varint,15,opt,name=back,proto3" json:"back,omitempty"` // the conversion runs back
 	unknownFields  protoimpl.UnknownFields
 	sizeCache      protoimpl.SizeCache
 }
@@ -1737,6 +1738,13 @@ func (x *DiskInfo) GetProblem() string {
 		return x.Problem
 	}
 	return ""
+}
+
+func (x *DiskInfo) GetBack() bool {
+	if x != nil {
+		return x.Back
+	}
+	return false
 }
 
 type PushKeysRequest struct {
@@ -2399,6 +2407,9 @@ type ReconfigureVMRequest struct {
 	DeleteRemoved   bool                   `protobuf:"varint,8,opt,name=delete_removed,json=deleteRemoved,proto3" json:"delete_removed,omitempty"` // files of removed disks too
 	Name            string                 `protobuf:"bytes,9,opt,name=name,proto3" json:"name,omitempty"`                                         // empty: unchanged
 	AttachDisks     []*AttachDisk          `protobuf:"bytes,10,rep,name=attach_disks,json=attachDisks,proto3" json:"attach_disks,omitempty"`
+	Undo            bool                   `protobuf:"varint,11,opt,name=undo,proto3" json:"undo,omitempty"`                              // make the VM what it was before an earlier call with these changes
+	HomeBefore      *Before                `protobuf:"bytes,12,opt,name=home_before,json=homeBefore,proto3" json:"home_before,omitempty"` // for undo: VM files
+	Pace            *Pace                  `protobuf:"bytes,13,opt,name=pace,proto3" json:"pace,omitempty"`                               // of conversions; unset: as fast as goes
 	unknownFields   protoimpl.UnknownFields
 	sizeCache       protoimpl.SizeCache
 }
@@ -2503,10 +2514,32 @@ func (x *ReconfigureVMRequest) GetAttachDisks() []*AttachDisk {
 	return nil
 }
 
+func (x *ReconfigureVMRequest) GetUndo() bool {
+	if x != nil {
+		return x.Undo
+	}
+	return false
+}
+
+func (x *ReconfigureVMRequest) GetHomeBefore() *Before {
+	if x != nil {
+		return x.HomeBefore
+	}
+	return nil
+}
+
+func (x *ReconfigureVMRequest) GetPace() *Pace {
+	if x != nil {
+		return x.Pace
+	}
+	return nil
+}
+
 type DiskCryptoChange struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	DiskUuid      string                 `protobuf:"bytes,1,opt,name=disk_uuid,json=diskUuid,proto3" json:"disk_uuid,omitempty"`
 	Change        *CryptoChange          `protobuf:"bytes,2,opt,name=change,proto3" json:"change,omitempty"`
+	Before        *Before                `protobuf:"bytes,3,opt,name=before,proto3" json:"before,omitempty"` // for undo
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -2555,6 +2588,396 @@ func (x *DiskCryptoChange) GetChange() *CryptoChange {
 	return nil
 }
 
+func (x *DiskCryptoChange) GetBefore() *Before {
+	if x != nil {
+		return x.Before
+	}
+	return nil
+}
+
+// Before is what something was before a change.
+type Before struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Encrypted     bool                   `protobuf:"varint,1,opt,name=encrypted,proto3" json:"encrypted,omitempty"`
+	Key           *KeyID                 `protobuf:"bytes,2,opt,name=key,proto3" json:"key,omitempty"` // that wrapped its DEK; unset in clear
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *Before) Reset() {
+	*x = Before{}
+	mi := &file_internal_hostapi_hostapi_proto_msgTypes[33]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *Before) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*Before) ProtoMessage() {}
+
+func (x *Before) ProtoReflect() protoreflect.Message {
+	mi := &file_internal_hostapi_hostapi_proto_msgTypes[33]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use Before.ProtoReflect.Descriptor instead.
+func (*Before) Descriptor() ([]byte, []int) {
+	return file_internal_hostapi_hostapi_proto_rawDescGZIP(), []int{33}
+}
+
+func (x *Before) GetEncrypted() bool {
+	if x != nil {
+		return x.Encrypted
+	}
+	return false
+}
+
+func (x *Before) GetKey() *KeyID {
+	if x != nil {
+		return x.Key
+	}
+	return nil
+}
+
+// Pace holds conversions back.
+type Pace struct {
+	state               protoimpl.MessageState `protogen:"open.v1"`
+	LimitBytesPerSecond int64                  `protobuf:"varint,1,opt,name=limit_bytes_per_second,json=limitBytesPerSecond,proto3" json:"limit_bytes_per_second,omitempty"` // to rewrite at most; 0: no limit
+	Paused              bool                   `protobuf:"varint,2,opt,name=paused,proto3" json:"paused,omitempty"`                                                          // rest at a durable boundary, and let others have the turn
+	unknownFields       protoimpl.UnknownFields
+	sizeCache           protoimpl.SizeCache
+}
+
+func (x *Pace) Reset() {
+	*x = Pace{}
+	mi := &file_internal_hostapi_hostapi_proto_msgTypes[34]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *Pace) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*Pace) ProtoMessage() {}
+
+func (x *Pace) ProtoReflect() protoreflect.Message {
+	mi := &file_internal_hostapi_hostapi_proto_msgTypes[34]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use Pace.ProtoReflect.Descriptor instead.
+func (*Pace) Descriptor() ([]byte, []int) {
+	return file_internal_hostapi_hostapi_proto_rawDescGZIP(), []int{34}
+}
+
+func (x *Pace) GetLimitBytesPerSecond() int64 {
+	if x != nil {
+		return x.LimitBytesPerSecond
+	}
+	return 0
+}
+
+func (x *Pace) GetPaused() bool {
+	if x != nil {
+		return x.Paused
+	}
+	return false
+}
+
+type PaceRequest struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Header        *Header                `protobuf:"bytes,1,opt,name=header,proto3" json:"header,omitempty"`
+	Ref           *VMRef                 `protobuf:"bytes,2,opt,name=ref,proto3" json:"ref,omitempty"`
+	Pace          *Pace                  `protobuf:"bytes,3,opt,name=pace,proto3" json:"pace,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *PaceRequest) Reset() {
+	*x = PaceRequest{}
+	mi := &file_internal_hostapi_hostapi_proto_msgTypes[35]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *PaceRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*PaceRequest) ProtoMessage() {}
+
+func (x *PaceRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_internal_hostapi_hostapi_proto_msgTypes[35]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use PaceRequest.ProtoReflect.Descriptor instead.
+func (*PaceRequest) Descriptor() ([]byte, []int) {
+	return file_internal_hostapi_hostapi_proto_rawDescGZIP(), []int{35}
+}
+
+func (x *PaceRequest) GetHeader() *Header {
+	if x != nil {
+		return x.Header
+	}
+	return nil
+}
+
+func (x *PaceRequest) GetRef() *VMRef {
+	if x != nil {
+		return x.Ref
+	}
+	return nil
+}
+
+func (x *PaceRequest) GetPace() *Pace {
+	if x != nil {
+		return x.Pace
+	}
+	return nil
+}
+
+type PaceReply struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *PaceReply) Reset() {
+	*x = PaceReply{}
+	mi := &file_internal_hostapi_hostapi_proto_msgTypes[36]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *PaceReply) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*PaceReply) ProtoMessage() {}
+
+func (x *PaceReply) ProtoReflect() protoreflect.Message {
+	mi := &file_internal_hostapi_hostapi_proto_msgTypes[36]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use PaceReply.ProtoReflect.Descriptor instead.
+func (*PaceReply) Descriptor() ([]byte, []int) {
+	return file_internal_hostapi_hostapi_proto_rawDescGZIP(), []int{36}
+}
+
+type EstimateRequest struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Header        *Header                `protobuf:"bytes,1,opt,name=header,proto3" json:"header,omitempty"`
+	Ref           *VMRef                 `protobuf:"bytes,2,opt,name=ref,proto3" json:"ref,omitempty"`
+	DiskUuids     []string               `protobuf:"bytes,3,rep,name=disk_uuids,json=diskUuids,proto3" json:"disk_uuids,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *EstimateRequest) Reset() {
+	*x = EstimateRequest{}
+	mi := &file_internal_hostapi_hostapi_proto_msgTypes[37]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *EstimateRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*EstimateRequest) ProtoMessage() {}
+
+func (x *EstimateRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_internal_hostapi_hostapi_proto_msgTypes[37]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use EstimateRequest.ProtoReflect.Descriptor instead.
+func (*EstimateRequest) Descriptor() ([]byte, []int) {
+	return file_internal_hostapi_hostapi_proto_rawDescGZIP(), []int{37}
+}
+
+func (x *EstimateRequest) GetHeader() *Header {
+	if x != nil {
+		return x.Header
+	}
+	return nil
+}
+
+func (x *EstimateRequest) GetRef() *VMRef {
+	if x != nil {
+		return x.Ref
+	}
+	return nil
+}
+
+func (x *EstimateRequest) GetDiskUuids() []string {
+	if x != nil {
+		return x.DiskUuids
+	}
+	return nil
+}
+
+type EstimateReply struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Disks         []*DiskEstimate        `protobuf:"bytes,1,rep,name=disks,proto3" json:"disks,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *EstimateReply) Reset() {
+	*x = EstimateReply{}
+	mi := &file_internal_hostapi_hostapi_proto_msgTypes[38]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *EstimateReply) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*EstimateReply) ProtoMessage() {}
+
+func (x *EstimateReply) ProtoReflect() protoreflect.Message {
+	mi := &file_internal_hostapi_hostapi_proto_msgTypes[38]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use EstimateReply.ProtoReflect.Descriptor instead.
+func (*EstimateReply) Descriptor() ([]byte, []int) {
+	return file_internal_hostapi_hostapi_proto_rawDescGZIP(), []int{38}
+}
+
+func (x *EstimateReply) GetDisks() []*DiskEstimate {
+	if x != nil {
+		return x.Disks
+	}
+	return nil
+}
+
+// DiskEstimate says what rewriting a disk would take.
+type DiskEstimate struct {
+	state          protoimpl.MessageState `protogen:"open.v1"`
+	Uuid           string                 `protobuf:"bytes,1,opt,name=uuid,proto3" json:"uuid,omitempty"`
+	Bytes          int64                  `protobuf:"varint,2,opt,name=bytes,proto3" json:"bytes,omitempty"`                                           // of data; holes stay holes
+	BytesPerSecond int64                  `protobuf:"varint,3,opt,name=bytes_per_second,json=bytesPerSecond,proto3" json:"bytes_per_second,omitempty"` // by the trial; 0 without data
+	IdleSeconds    float64                `protobuf:"fixed64,4,opt,name=idle_seconds,json=idleSeconds,proto3" json:"idle_seconds,omitempty"`           // beside an idle guest, or none
+	BusySeconds    float64                `protobuf:"fixed64,5,opt,name=busy_seconds,json=busySeconds,proto3" json:"busy_seconds,omitempty"`           // at most, beside a guest that is never idle
+	unknownFields  protoimpl.UnknownFields
+	sizeCache      protoimpl.SizeCache
+}
+
+func (x *DiskEstimate) Reset() {
+	*x = DiskEstimate{}
+	mi := &file_internal_hostapi_hostapi_proto_msgTypes[39]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *DiskEstimate) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*DiskEstimate) ProtoMessage() {}
+
+func (x *DiskEstimate) ProtoReflect() protoreflect.Message {
+	mi := &file_internal_hostapi_hostapi_proto_msgTypes[39]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use DiskEstimate.ProtoReflect.Descriptor instead.
+func (*DiskEstimate) Descriptor() ([]byte, []int) {
+	return file_internal_hostapi_hostapi_proto_rawDescGZIP(), []int{39}
+}
+
+func (x *DiskEstimate) GetUuid() string {
+	if x != nil {
+		return x.Uuid
+	}
+	return ""
+}
+
+func (x *DiskEstimate) GetBytes() int64 {
+	if x != nil {
+		return x.Bytes
+	}
+	return 0
+}
+
+func (x *DiskEstimate) GetBytesPerSecond() int64 {
+	if x != nil {
+		return x.BytesPerSecond
+	}
+	return 0
+}
+
+func (x *DiskEstimate) GetIdleSeconds() float64 {
+	if x != nil {
+		return x.IdleSeconds
+	}
+	return 0
+}
+
+func (x *DiskEstimate) GetBusySeconds() float64 {
+	if x != nil {
+		return x.BusySeconds
+	}
+	return 0
+}
+
 type AttachDisk struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	Datastore     string                 `protobuf:"bytes,1,opt,name=datastore,proto3" json:"datastore,omitempty"`
@@ -2566,7 +2989,7 @@ type AttachDisk struct {
 
 func (x *AttachDisk) Reset() {
 	*x = AttachDisk{}
-	mi := &file_internal_hostapi_hostapi_proto_msgTypes[33]
+	mi := &file_internal_hostapi_hostapi_proto_msgTypes[40]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2578,7 +3001,7 @@ func (x *AttachDisk) String() string {
 func (*AttachDisk) ProtoMessage() {}
 
 func (x *AttachDisk) ProtoReflect() protoreflect.Message {
-	mi := &file_internal_hostapi_hostapi_proto_msgTypes[33]
+	mi := &file_internal_hostapi_hostapi_proto_msgTypes[40]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2591,7 +3014,7 @@ func (x *AttachDisk) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use AttachDisk.ProtoReflect.Descriptor instead.
 func (*AttachDisk) Descriptor() ([]byte, []int) {
-	return file_internal_hostapi_hostapi_proto_rawDescGZIP(), []int{33}
+	return file_internal_hostapi_hostapi_proto_rawDescGZIP(), []int{40}
 }
 
 func (x *AttachDisk) GetDatastore() string {
@@ -2616,18 +3039,21 @@ func (x *AttachDisk) GetController() string {
 }
 
 type Progress struct {
-	state         protoimpl.MessageState `protogen:"open.v1"`
-	Stage         string                 `protobuf:"bytes,1,opt,name=stage,proto3" json:"stage,omitempty"` // "encrypting disk 1 of 2", for a person
-	DoneBytes     int64                  `protobuf:"varint,2,opt,name=done_bytes,json=doneBytes,proto3" json:"done_bytes,omitempty"`
-	TotalBytes    int64                  `protobuf:"varint,3,opt,name=total_bytes,json=totalBytes,proto3" json:"total_bytes,omitempty"`
-	Result        *VMInfo                `protobuf:"bytes,4,opt,name=result,proto3" json:"result,omitempty"` // set in the last message only
-	unknownFields protoimpl.UnknownFields
-	sizeCache     protoimpl.SizeCache
+	state          protoimpl.MessageState `protogen:"open.v1"`
+	Stage          string                 `protobuf:"bytes,1,opt,name=stage,proto3" json:"stage,omitempty"` // "encrypting disk 1 of 2", for a person
+	DoneBytes      int64                  `protobuf:"varint,2,opt,name=done_bytes,json=doneBytes,proto3" json:"done_bytes,omitempty"`
+	TotalBytes     int64                  `protobuf:"varint,3,opt,name=total_bytes,json=totalBytes,proto3" json:"total_bytes,omitempty"`
+	Result         *VMInfo                `protobuf:"bytes,4,opt,name=result,proto3" json:"result,omitempty"`                                          // set in the last message only
+	BytesPerSecond int64                  `protobuf:"varint,5,opt,name=bytes_per_second,json=bytesPerSecond,proto3" json:"bytes_per_second,omitempty"` // rewritten lately; 0: not known
+	LeftSeconds    float64                `protobuf:"fixed64,6,opt,name=left_seconds,json=leftSeconds,proto3" json:"left_seconds,omitempty"`           // at that rate; 0: not known
+	Back           bool                   `protobuf:"varint,7,opt,name=back,proto3" json:"back,omitempty"`                                             // what is undone runs back
+	unknownFields  protoimpl.UnknownFields
+	sizeCache      protoimpl.SizeCache
 }
 
 func (x *Progress) Reset() {
 	*x = Progress{}
-	mi := &file_internal_hostapi_hostapi_proto_msgTypes[34]
+	mi := &file_internal_hostapi_hostapi_proto_msgTypes[41]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2639,7 +3065,7 @@ func (x *Progress) String() string {
 func (*Progress) ProtoMessage() {}
 
 func (x *Progress) ProtoReflect() protoreflect.Message {
-	mi := &file_internal_hostapi_hostapi_proto_msgTypes[34]
+	mi := &file_internal_hostapi_hostapi_proto_msgTypes[41]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2652,7 +3078,7 @@ func (x *Progress) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Progress.ProtoReflect.Descriptor instead.
 func (*Progress) Descriptor() ([]byte, []int) {
-	return file_internal_hostapi_hostapi_proto_rawDescGZIP(), []int{34}
+	return file_internal_hostapi_hostapi_proto_rawDescGZIP(), []int{41}
 }
 
 func (x *Progress) GetStage() string {
@@ -2683,6 +3109,27 @@ func (x *Progress) GetResult() *VMInfo {
 	return nil
 }
 
+func (x *Progress) GetBytesPerSecond() int64 {
+	if x != nil {
+		return x.BytesPerSecond
+	}
+	return 0
+}
+
+func (x *Progress) GetLeftSeconds() float64 {
+	if x != nil {
+		return x.LeftSeconds
+	}
+	return 0
+}
+
+func (x *Progress) GetBack() bool {
+	if x != nil {
+		return x.Back
+	}
+	return false
+}
+
 type PowerRequest struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	Header        *Header                `protobuf:"bytes,1,opt,name=header,proto3" json:"header,omitempty"`
@@ -2693,7 +3140,7 @@ type PowerRequest struct {
 
 func (x *PowerRequest) Reset() {
 	*x = PowerRequest{}
-	mi := &file_internal_hostapi_hostapi_proto_msgTypes[35]
+	mi := &file_internal_hostapi_hostapi_proto_msgTypes[42]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2705,7 +3152,7 @@ func (x *PowerRequest) String() string {
 func (*PowerRequest) ProtoMessage() {}
 
 func (x *PowerRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_internal_hostapi_hostapi_proto_msgTypes[35]
+	mi := &file_internal_hostapi_hostapi_proto_msgTypes[42]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2718,7 +3165,7 @@ func (x *PowerRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use PowerRequest.ProtoReflect.Descriptor instead.
 func (*PowerRequest) Descriptor() ([]byte, []int) {
-	return file_internal_hostapi_hostapi_proto_rawDescGZIP(), []int{35}
+	return file_internal_hostapi_hostapi_proto_rawDescGZIP(), []int{42}
 }
 
 func (x *PowerRequest) GetHeader() *Header {
@@ -2744,7 +3191,7 @@ type ReleaseReply struct {
 
 func (x *ReleaseReply) Reset() {
 	*x = ReleaseReply{}
-	mi := &file_internal_hostapi_hostapi_proto_msgTypes[36]
+	mi := &file_internal_hostapi_hostapi_proto_msgTypes[43]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2756,7 +3203,7 @@ func (x *ReleaseReply) String() string {
 func (*ReleaseReply) ProtoMessage() {}
 
 func (x *ReleaseReply) ProtoReflect() protoreflect.Message {
-	mi := &file_internal_hostapi_hostapi_proto_msgTypes[36]
+	mi := &file_internal_hostapi_hostapi_proto_msgTypes[43]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2769,7 +3216,7 @@ func (x *ReleaseReply) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ReleaseReply.ProtoReflect.Descriptor instead.
 func (*ReleaseReply) Descriptor() ([]byte, []int) {
-	return file_internal_hostapi_hostapi_proto_rawDescGZIP(), []int{36}
+	return file_internal_hostapi_hostapi_proto_rawDescGZIP(), []int{43}
 }
 
 func (x *ReleaseReply) GetWiped() []*KeyID {
@@ -2789,7 +3236,7 @@ type DeleteVMReply struct {
 
 func (x *DeleteVMReply) Reset() {
 	*x = DeleteVMReply{}
-	mi := &file_internal_hostapi_hostapi_proto_msgTypes[37]
+	mi := &file_internal_hostapi_hostapi_proto_msgTypes[44]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2801,7 +3248,7 @@ func (x *DeleteVMReply) String() string {
 func (*DeleteVMReply) ProtoMessage() {}
 
 func (x *DeleteVMReply) ProtoReflect() protoreflect.Message {
-	mi := &file_internal_hostapi_hostapi_proto_msgTypes[37]
+	mi := &file_internal_hostapi_hostapi_proto_msgTypes[44]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2814,7 +3261,7 @@ func (x *DeleteVMReply) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use DeleteVMReply.ProtoReflect.Descriptor instead.
 func (*DeleteVMReply) Descriptor() ([]byte, []int) {
-	return file_internal_hostapi_hostapi_proto_rawDescGZIP(), []int{37}
+	return file_internal_hostapi_hostapi_proto_rawDescGZIP(), []int{44}
 }
 
 func (x *DeleteVMReply) GetWiped() []*KeyID {
@@ -2844,7 +3291,7 @@ type ImportChunk struct {
 
 func (x *ImportChunk) Reset() {
 	*x = ImportChunk{}
-	mi := &file_internal_hostapi_hostapi_proto_msgTypes[38]
+	mi := &file_internal_hostapi_hostapi_proto_msgTypes[45]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2856,7 +3303,7 @@ func (x *ImportChunk) String() string {
 func (*ImportChunk) ProtoMessage() {}
 
 func (x *ImportChunk) ProtoReflect() protoreflect.Message {
-	mi := &file_internal_hostapi_hostapi_proto_msgTypes[38]
+	mi := &file_internal_hostapi_hostapi_proto_msgTypes[45]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2869,7 +3316,7 @@ func (x *ImportChunk) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ImportChunk.ProtoReflect.Descriptor instead.
 func (*ImportChunk) Descriptor() ([]byte, []int) {
-	return file_internal_hostapi_hostapi_proto_rawDescGZIP(), []int{38}
+	return file_internal_hostapi_hostapi_proto_rawDescGZIP(), []int{45}
 }
 
 func (x *ImportChunk) GetHeader() *Header {
@@ -2916,7 +3363,7 @@ type ImportReply struct {
 
 func (x *ImportReply) Reset() {
 	*x = ImportReply{}
-	mi := &file_internal_hostapi_hostapi_proto_msgTypes[39]
+	mi := &file_internal_hostapi_hostapi_proto_msgTypes[46]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2928,7 +3375,7 @@ func (x *ImportReply) String() string {
 func (*ImportReply) ProtoMessage() {}
 
 func (x *ImportReply) ProtoReflect() protoreflect.Message {
-	mi := &file_internal_hostapi_hostapi_proto_msgTypes[39]
+	mi := &file_internal_hostapi_hostapi_proto_msgTypes[46]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2941,7 +3388,7 @@ func (x *ImportReply) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ImportReply.ProtoReflect.Descriptor instead.
 func (*ImportReply) Descriptor() ([]byte, []int) {
-	return file_internal_hostapi_hostapi_proto_rawDescGZIP(), []int{39}
+	return file_internal_hostapi_hostapi_proto_rawDescGZIP(), []int{46}
 }
 
 func (x *ImportReply) GetWrittenBytes() int64 {
@@ -2961,7 +3408,7 @@ type ConsoleData struct {
 
 func (x *ConsoleData) Reset() {
 	*x = ConsoleData{}
-	mi := &file_internal_hostapi_hostapi_proto_msgTypes[40]
+	mi := &file_internal_hostapi_hostapi_proto_msgTypes[47]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2973,7 +3420,7 @@ func (x *ConsoleData) String() string {
 func (*ConsoleData) ProtoMessage() {}
 
 func (x *ConsoleData) ProtoReflect() protoreflect.Message {
-	mi := &file_internal_hostapi_hostapi_proto_msgTypes[40]
+	mi := &file_internal_hostapi_hostapi_proto_msgTypes[47]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2986,7 +3433,7 @@ func (x *ConsoleData) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ConsoleData.ProtoReflect.Descriptor instead.
 func (*ConsoleData) Descriptor() ([]byte, []int) {
-	return file_internal_hostapi_hostapi_proto_rawDescGZIP(), []int{40}
+	return file_internal_hostapi_hostapi_proto_rawDescGZIP(), []int{47}
 }
 
 func (x *ConsoleData) GetRef() *VMRef {
@@ -3015,7 +3462,7 @@ type OpenRequest struct {
 
 func (x *OpenRequest) Reset() {
 	*x = OpenRequest{}
-	mi := &file_internal_hostapi_hostapi_proto_msgTypes[41]
+	mi := &file_internal_hostapi_hostapi_proto_msgTypes[48]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3027,7 +3474,7 @@ func (x *OpenRequest) String() string {
 func (*OpenRequest) ProtoMessage() {}
 
 func (x *OpenRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_internal_hostapi_hostapi_proto_msgTypes[41]
+	mi := &file_internal_hostapi_hostapi_proto_msgTypes[48]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3040,7 +3487,7 @@ func (x *OpenRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use OpenRequest.ProtoReflect.Descriptor instead.
 func (*OpenRequest) Descriptor() ([]byte, []int) {
-	return file_internal_hostapi_hostapi_proto_rawDescGZIP(), []int{41}
+	return file_internal_hostapi_hostapi_proto_rawDescGZIP(), []int{48}
 }
 
 func (x *OpenRequest) GetRef() *VMRef {
@@ -3081,7 +3528,7 @@ type VMXCreateRequest struct {
 
 func (x *VMXCreateRequest) Reset() {
 	*x = VMXCreateRequest{}
-	mi := &file_internal_hostapi_hostapi_proto_msgTypes[42]
+	mi := &file_internal_hostapi_hostapi_proto_msgTypes[49]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3093,7 +3540,7 @@ func (x *VMXCreateRequest) String() string {
 func (*VMXCreateRequest) ProtoMessage() {}
 
 func (x *VMXCreateRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_internal_hostapi_hostapi_proto_msgTypes[42]
+	mi := &file_internal_hostapi_hostapi_proto_msgTypes[49]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3106,7 +3553,7 @@ func (x *VMXCreateRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use VMXCreateRequest.ProtoReflect.Descriptor instead.
 func (*VMXCreateRequest) Descriptor() ([]byte, []int) {
-	return file_internal_hostapi_hostapi_proto_rawDescGZIP(), []int{42}
+	return file_internal_hostapi_hostapi_proto_rawDescGZIP(), []int{49}
 }
 
 func (x *VMXCreateRequest) GetVm() *CreateVMRequest {
@@ -3135,7 +3582,7 @@ type VMXReconfigureRequest struct {
 
 func (x *VMXReconfigureRequest) Reset() {
 	*x = VMXReconfigureRequest{}
-	mi := &file_internal_hostapi_hostapi_proto_msgTypes[43]
+	mi := &file_internal_hostapi_hostapi_proto_msgTypes[50]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3147,7 +3594,7 @@ func (x *VMXReconfigureRequest) String() string {
 func (*VMXReconfigureRequest) ProtoMessage() {}
 
 func (x *VMXReconfigureRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_internal_hostapi_hostapi_proto_msgTypes[43]
+	mi := &file_internal_hostapi_hostapi_proto_msgTypes[50]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3160,7 +3607,7 @@ func (x *VMXReconfigureRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use VMXReconfigureRequest.ProtoReflect.Descriptor instead.
 func (*VMXReconfigureRequest) Descriptor() ([]byte, []int) {
-	return file_internal_hostapi_hostapi_proto_rawDescGZIP(), []int{43}
+	return file_internal_hostapi_hostapi_proto_rawDescGZIP(), []int{50}
 }
 
 func (x *VMXReconfigureRequest) GetChange() *ReconfigureVMRequest {
@@ -3185,7 +3632,7 @@ type StatusRequest struct {
 
 func (x *StatusRequest) Reset() {
 	*x = StatusRequest{}
-	mi := &file_internal_hostapi_hostapi_proto_msgTypes[44]
+	mi := &file_internal_hostapi_hostapi_proto_msgTypes[51]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3197,7 +3644,7 @@ func (x *StatusRequest) String() string {
 func (*StatusRequest) ProtoMessage() {}
 
 func (x *StatusRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_internal_hostapi_hostapi_proto_msgTypes[44]
+	mi := &file_internal_hostapi_hostapi_proto_msgTypes[51]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3210,7 +3657,7 @@ func (x *StatusRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use StatusRequest.ProtoReflect.Descriptor instead.
 func (*StatusRequest) Descriptor() ([]byte, []int) {
-	return file_internal_hostapi_hostapi_proto_rawDescGZIP(), []int{44}
+	return file_internal_hostapi_hostapi_proto_rawDescGZIP(), []int{51}
 }
 
 type VMXStatus struct {
@@ -3229,7 +3676,7 @@ type VMXStatus struct {
 
 func (x *VMXStatus) Reset() {
 	*x = VMXStatus{}
-	mi := &file_internal_hostapi_hostapi_proto_msgTypes[45]
+	mi := &file_internal_hostapi_hostapi_proto_msgTypes[52]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3241,7 +3688,7 @@ func (x *VMXStatus) String() string {
 func (*VMXStatus) ProtoMessage() {}
 
 func (x *VMXStatus) ProtoReflect() protoreflect.Message {
-	mi := &file_internal_hostapi_hostapi_proto_msgTypes[45]
+	mi := &file_internal_hostapi_hostapi_proto_msgTypes[52]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3254,7 +3701,7 @@ func (x *VMXStatus) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use VMXStatus.ProtoReflect.Descriptor instead.
 func (*VMXStatus) Descriptor() ([]byte, []int) {
-	return file_internal_hostapi_hostapi_proto_rawDescGZIP(), []int{45}
+	return file_internal_hostapi_hostapi_proto_rawDescGZIP(), []int{52}
 }
 
 func (x *VMXStatus) GetUuid() string {
@@ -3324,7 +3771,7 @@ type ServedDisk struct {
 
 func (x *ServedDisk) Reset() {
 	*x = ServedDisk{}
-	mi := &file_internal_hostapi_hostapi_proto_msgTypes[46]
+	mi := &file_internal_hostapi_hostapi_proto_msgTypes[53]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3336,7 +3783,7 @@ func (x *ServedDisk) String() string {
 func (*ServedDisk) ProtoMessage() {}
 
 func (x *ServedDisk) ProtoReflect() protoreflect.Message {
-	mi := &file_internal_hostapi_hostapi_proto_msgTypes[46]
+	mi := &file_internal_hostapi_hostapi_proto_msgTypes[53]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3349,7 +3796,7 @@ func (x *ServedDisk) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ServedDisk.ProtoReflect.Descriptor instead.
 func (*ServedDisk) Descriptor() ([]byte, []int) {
-	return file_internal_hostapi_hostapi_proto_rawDescGZIP(), []int{46}
+	return file_internal_hostapi_hostapi_proto_rawDescGZIP(), []int{53}
 }
 
 func (x *ServedDisk) GetUuid() string {
@@ -3381,7 +3828,7 @@ type KeysRequest struct {
 
 func (x *KeysRequest) Reset() {
 	*x = KeysRequest{}
-	mi := &file_internal_hostapi_hostapi_proto_msgTypes[47]
+	mi := &file_internal_hostapi_hostapi_proto_msgTypes[54]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3393,7 +3840,7 @@ func (x *KeysRequest) String() string {
 func (*KeysRequest) ProtoMessage() {}
 
 func (x *KeysRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_internal_hostapi_hostapi_proto_msgTypes[47]
+	mi := &file_internal_hostapi_hostapi_proto_msgTypes[54]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3406,7 +3853,7 @@ func (x *KeysRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use KeysRequest.ProtoReflect.Descriptor instead.
 func (*KeysRequest) Descriptor() ([]byte, []int) {
-	return file_internal_hostapi_hostapi_proto_rawDescGZIP(), []int{47}
+	return file_internal_hostapi_hostapi_proto_rawDescGZIP(), []int{54}
 }
 
 type CloseRequest struct {
@@ -3417,7 +3864,7 @@ type CloseRequest struct {
 
 func (x *CloseRequest) Reset() {
 	*x = CloseRequest{}
-	mi := &file_internal_hostapi_hostapi_proto_msgTypes[48]
+	mi := &file_internal_hostapi_hostapi_proto_msgTypes[55]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3429,7 +3876,7 @@ func (x *CloseRequest) String() string {
 func (*CloseRequest) ProtoMessage() {}
 
 func (x *CloseRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_internal_hostapi_hostapi_proto_msgTypes[48]
+	mi := &file_internal_hostapi_hostapi_proto_msgTypes[55]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3442,7 +3889,7 @@ func (x *CloseRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use CloseRequest.ProtoReflect.Descriptor instead.
 func (*CloseRequest) Descriptor() ([]byte, []int) {
-	return file_internal_hostapi_hostapi_proto_rawDescGZIP(), []int{48}
+	return file_internal_hostapi_hostapi_proto_rawDescGZIP(), []int{55}
 }
 
 type CloseReply struct {
@@ -3453,7 +3900,7 @@ type CloseReply struct {
 
 func (x *CloseReply) Reset() {
 	*x = CloseReply{}
-	mi := &file_internal_hostapi_hostapi_proto_msgTypes[49]
+	mi := &file_internal_hostapi_hostapi_proto_msgTypes[56]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3465,7 +3912,7 @@ func (x *CloseReply) String() string {
 func (*CloseReply) ProtoMessage() {}
 
 func (x *CloseReply) ProtoReflect() protoreflect.Message {
-	mi := &file_internal_hostapi_hostapi_proto_msgTypes[49]
+	mi := &file_internal_hostapi_hostapi_proto_msgTypes[56]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3478,7 +3925,7 @@ func (x *CloseReply) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use CloseReply.ProtoReflect.Descriptor instead.
 func (*CloseReply) Descriptor() ([]byte, []int) {
-	return file_internal_hostapi_hostapi_proto_rawDescGZIP(), []int{49}
+	return file_internal_hostapi_hostapi_proto_rawDescGZIP(), []int{56}
 }
 
 // Fault is the detail of a gRPC status, for callers that decide on the kind of an
@@ -3494,7 +3941,7 @@ type Fault struct {
 
 func (x *Fault) Reset() {
 	*x = Fault{}
-	mi := &file_internal_hostapi_hostapi_proto_msgTypes[50]
+	mi := &file_internal_hostapi_hostapi_proto_msgTypes[57]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3506,7 +3953,7 @@ func (x *Fault) String() string {
 func (*Fault) ProtoMessage() {}
 
 func (x *Fault) ProtoReflect() protoreflect.Message {
-	mi := &file_internal_hostapi_hostapi_proto_msgTypes[50]
+	mi := &file_internal_hostapi_hostapi_proto_msgTypes[57]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3519,7 +3966,7 @@ func (x *Fault) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Fault.ProtoReflect.Descriptor instead.
 func (*Fault) Descriptor() ([]byte, []int) {
-	return file_internal_hostapi_hostapi_proto_rawDescGZIP(), []int{50}
+	return file_internal_hostapi_hostapi_proto_rawDescGZIP(), []int{57}
 }
 
 func (x *Fault) GetKind() Fault_Kind {
@@ -3671,7 +4118,7 @@ const file_internal_hostapi_hostapi_proto_rawDesc = "" +
 	"\x03key\x18\x01 \x01(\x05R\x03key\x12\x18\n" +
 	"\anetwork\x18\x02 \x01(\tR\anetwork\x12\x10\n" +
 	"\x03mac\x18\x03 \x01(\tR\x03mac\x12\x14\n" +
-	"\x05model\x18\x04 \x01(\tR\x05model\"\xcc\x03\n" +
+	"\x05model\x18\x04 \x01(\tR\x05model\"\xe0\x03\n" +
 	"\bDiskInfo\x12\x12\n" +
 	"\x04uuid\x18\x01 \x01(\tR\x04uuid\x12\x10\n" +
 	"\x03key\x18\x02 \x01(\x05R\x03key\x12\x12\n" +
@@ -3691,7 +4138,8 @@ const file_internal_hostapi_hostapi_proto_rawDesc = "" +
 	"conversion\x12%\n" +
 	"\x0eboundary_bytes\x18\f \x01(\x03R\rboundaryBytes\x12:\n" +
 	"\rtarget_key_id\x18\r \x01(\v2\x16.mortise.host.v1.KeyIDR\vtargetKeyId\x12\x18\n" +
-	"\aproblem\x18\x0e \x01(\tR\aproblem\"l\n" +
+	"\aproblem\x18\x0e \x01(\tR\aproblem\x12\x12\n" +
+	"\x04back\x18\x0f \x01(\bR\x04back\"l\n" +
 	"\x0fPushKeysRequest\x12/\n" +
 	"\x06header\x18\x01 \x01(\v2\x17.mortise.host.v1.HeaderR\x06header\x12(\n" +
 	"\x04keys\x18\x02 \x03(\v2\x14.mortise.host.v1.KEKR\x04keys\"\x0f\n" +
@@ -3740,7 +4188,7 @@ const file_internal_hostapi_hostapi_proto_rawDesc = "" +
 	"\aENCRYPT\x10\x01\x12\v\n" +
 	"\aDECRYPT\x10\x02\x12\x13\n" +
 	"\x0fSHALLOW_RECRYPT\x10\x03\x12\x10\n" +
-	"\fDEEP_RECRYPT\x10\x04\"\xf2\x03\n" +
+	"\fDEEP_RECRYPT\x10\x04\"\xeb\x04\n" +
 	"\x14ReconfigureVMRequest\x12/\n" +
 	"\x06header\x18\x01 \x01(\v2\x17.mortise.host.v1.HeaderR\x06header\x12(\n" +
 	"\x03ref\x18\x02 \x01(\v2\x16.mortise.host.v1.VMRefR\x03ref\x121\n" +
@@ -3752,24 +4200,56 @@ const file_internal_hostapi_hostapi_proto_rawDesc = "" +
 	"\x0edelete_removed\x18\b \x01(\bR\rdeleteRemoved\x12\x12\n" +
 	"\x04name\x18\t \x01(\tR\x04name\x12>\n" +
 	"\fattach_disks\x18\n" +
-	" \x03(\v2\x1b.mortise.host.v1.AttachDiskR\vattachDisks\"f\n" +
+	" \x03(\v2\x1b.mortise.host.v1.AttachDiskR\vattachDisks\x12\x12\n" +
+	"\x04undo\x18\v \x01(\bR\x04undo\x128\n" +
+	"\vhome_before\x18\f \x01(\v2\x17.mortise.host.v1.BeforeR\n" +
+	"homeBefore\x12)\n" +
+	"\x04pace\x18\r \x01(\v2\x15.mortise.host.v1.PaceR\x04pace\"\x97\x01\n" +
 	"\x10DiskCryptoChange\x12\x1b\n" +
 	"\tdisk_uuid\x18\x01 \x01(\tR\bdiskUuid\x125\n" +
-	"\x06change\x18\x02 \x01(\v2\x1d.mortise.host.v1.CryptoChangeR\x06change\"^\n" +
+	"\x06change\x18\x02 \x01(\v2\x1d.mortise.host.v1.CryptoChangeR\x06change\x12/\n" +
+	"\x06before\x18\x03 \x01(\v2\x17.mortise.host.v1.BeforeR\x06before\"P\n" +
+	"\x06Before\x12\x1c\n" +
+	"\tencrypted\x18\x01 \x01(\bR\tencrypted\x12(\n" +
+	"\x03key\x18\x02 \x01(\v2\x16.mortise.host.v1.KeyIDR\x03key\"S\n" +
+	"\x04Pace\x123\n" +
+	"\x16limit_bytes_per_second\x18\x01 \x01(\x03R\x13limitBytesPerSecond\x12\x16\n" +
+	"\x06paused\x18\x02 \x01(\bR\x06paused\"\x93\x01\n" +
+	"\vPaceRequest\x12/\n" +
+	"\x06header\x18\x01 \x01(\v2\x17.mortise.host.v1.HeaderR\x06header\x12(\n" +
+	"\x03ref\x18\x02 \x01(\v2\x16.mortise.host.v1.VMRefR\x03ref\x12)\n" +
+	"\x04pace\x18\x03 \x01(\v2\x15.mortise.host.v1.PaceR\x04pace\"\v\n" +
+	"\tPaceReply\"\x8b\x01\n" +
+	"\x0fEstimateRequest\x12/\n" +
+	"\x06header\x18\x01 \x01(\v2\x17.mortise.host.v1.HeaderR\x06header\x12(\n" +
+	"\x03ref\x18\x02 \x01(\v2\x16.mortise.host.v1.VMRefR\x03ref\x12\x1d\n" +
+	"\n" +
+	"disk_uuids\x18\x03 \x03(\tR\tdiskUuids\"D\n" +
+	"\rEstimateReply\x123\n" +
+	"\x05disks\x18\x01 \x03(\v2\x1d.mortise.host.v1.DiskEstimateR\x05disks\"\xa8\x01\n" +
+	"\fDiskEstimate\x12\x12\n" +
+	"\x04uuid\x18\x01 \x01(\tR\x04uuid\x12\x14\n" +
+	"\x05bytes\x18\x02 \x01(\x03R\x05bytes\x12(\n" +
+	"\x10bytes_per_second\x18\x03 \x01(\x03R\x0ebytesPerSecond\x12!\n" +
+	"\fidle_seconds\x18\x04 \x01(\x01R\vidleSeconds\x12!\n" +
+	"\fbusy_seconds\x18\x05 \x01(\x01R\vbusySeconds\"^\n" +
 	"\n" +
 	"AttachDisk\x12\x1c\n" +
 	"\tdatastore\x18\x01 \x01(\tR\tdatastore\x12\x12\n" +
 	"\x04path\x18\x02 \x01(\tR\x04path\x12\x1e\n" +
 	"\n" +
 	"controller\x18\x03 \x01(\tR\n" +
-	"controller\"\x91\x01\n" +
+	"controller\"\xf2\x01\n" +
 	"\bProgress\x12\x14\n" +
 	"\x05stage\x18\x01 \x01(\tR\x05stage\x12\x1d\n" +
 	"\n" +
 	"done_bytes\x18\x02 \x01(\x03R\tdoneBytes\x12\x1f\n" +
 	"\vtotal_bytes\x18\x03 \x01(\x03R\n" +
 	"totalBytes\x12/\n" +
-	"\x06result\x18\x04 \x01(\v2\x17.mortise.host.v1.VMInfoR\x06result\"i\n" +
+	"\x06result\x18\x04 \x01(\v2\x17.mortise.host.v1.VMInfoR\x06result\x12(\n" +
+	"\x10bytes_per_second\x18\x05 \x01(\x03R\x0ebytesPerSecond\x12!\n" +
+	"\fleft_seconds\x18\x06 \x01(\x01R\vleftSeconds\x12\x12\n" +
+	"\x04back\x18\a \x01(\bR\x04back\"i\n" +
 	"\fPowerRequest\x12/\n" +
 	"\x06header\x18\x01 \x01(\v2\x17.mortise.host.v1.HeaderR\x06header\x12(\n" +
 	"\x03ref\x18\x02 \x01(\v2\x16.mortise.host.v1.VMRefR\x03ref\"<\n" +
@@ -3854,7 +4334,7 @@ const file_internal_hostapi_hostapi_proto_rawDesc = "" +
 	"POWERED_ON\x10\x02\x12\r\n" +
 	"\tSUSPENDED\x10\x032H\n" +
 	"\x04Join\x12@\n" +
-	"\x04Join\x12\x1c.mortise.host.v1.JoinRequest\x1a\x1a.mortise.host.v1.JoinReply2\xf0\t\n" +
+	"\x04Join\x12\x1c.mortise.host.v1.JoinRequest\x1a\x1a.mortise.host.v1.JoinReply2\x85\v\n" +
 	"\x04Host\x12G\n" +
 	"\bDescribe\x12 .mortise.host.v1.DescribeRequest\x1a\x19.mortise.host.v1.HostInfo\x12D\n" +
 	"\x05Watch\x12\x1d.mortise.host.v1.WatchRequest\x1a\x1a.mortise.host.v1.HostEvent0\x01\x12L\n" +
@@ -3865,7 +4345,10 @@ const file_internal_hostapi_hostapi_proto_rawDesc = "" +
 	"\bCreateVM\x12 .mortise.host.v1.CreateVMRequest\x1a\x17.mortise.host.v1.VMInfo\x12G\n" +
 	"\tInspectVM\x12!.mortise.host.v1.InspectVMRequest\x1a\x17.mortise.host.v1.VMInfo\x12M\n" +
 	"\vInspectDisk\x12#.mortise.host.v1.InspectDiskRequest\x1a\x19.mortise.host.v1.DiskInfo\x12S\n" +
-	"\rReconfigureVM\x12%.mortise.host.v1.ReconfigureVMRequest\x1a\x19.mortise.host.v1.Progress0\x01\x12A\n" +
+	"\rReconfigureVM\x12%.mortise.host.v1.ReconfigureVMRequest\x1a\x19.mortise.host.v1.Progress0\x01\x12C\n" +
+	"\aSetPace\x12\x1c.mortise.host.v1.PaceRequest\x1a\x1a.mortise.host.v1.PaceReply\x12N\n" +
+	"\n" +
+	"EstimateVM\x12 .mortise.host.v1.EstimateRequest\x1a\x1e.mortise.host.v1.EstimateReply\x12A\n" +
 	"\aPowerOn\x12\x1d.mortise.host.v1.PowerRequest\x1a\x17.mortise.host.v1.VMInfo\x12B\n" +
 	"\bPowerOff\x12\x1d.mortise.host.v1.PowerRequest\x1a\x17.mortise.host.v1.VMInfo\x12B\n" +
 	"\bShutdown\x12\x1d.mortise.host.v1.PowerRequest\x1a\x17.mortise.host.v1.VMInfo\x12?\n" +
@@ -3874,12 +4357,14 @@ const file_internal_hostapi_hostapi_proto_rawDesc = "" +
 	"\bDeleteVM\x12\x1d.mortise.host.v1.PowerRequest\x1a\x1e.mortise.host.v1.DeleteVMReply\x12J\n" +
 	"\n" +
 	"ImportDisk\x12\x1c.mortise.host.v1.ImportChunk\x1a\x1c.mortise.host.v1.ImportReply(\x01\x12I\n" +
-	"\aConsole\x12\x1c.mortise.host.v1.ConsoleData\x1a\x1c.mortise.host.v1.ConsoleData(\x010\x012\xfc\x03\n" +
+	"\aConsole\x12\x1c.mortise.host.v1.ConsoleData\x1a\x1c.mortise.host.v1.ConsoleData(\x010\x012\x88\x05\n" +
 	"\x03VMX\x12D\n" +
 	"\x06Create\x12!.mortise.host.v1.VMXCreateRequest\x1a\x17.mortise.host.v1.VMInfo\x12@\n" +
 	"\x04Open\x12\x1c.mortise.host.v1.OpenRequest\x1a\x1a.mortise.host.v1.VMXStatus\x12D\n" +
 	"\x06Status\x12\x1e.mortise.host.v1.StatusRequest\x1a\x1a.mortise.host.v1.VMXStatus\x12R\n" +
-	"\vReconfigure\x12&.mortise.host.v1.VMXReconfigureRequest\x1a\x19.mortise.host.v1.Progress0\x01\x12J\n" +
+	"\vReconfigure\x12&.mortise.host.v1.VMXReconfigureRequest\x1a\x19.mortise.host.v1.Progress0\x01\x12<\n" +
+	"\aSetPace\x12\x15.mortise.host.v1.Pace\x1a\x1a.mortise.host.v1.PaceReply\x12L\n" +
+	"\bEstimate\x12 .mortise.host.v1.EstimateRequest\x1a\x1e.mortise.host.v1.EstimateReply\x12J\n" +
 	"\n" +
 	"ImportDisk\x12\x1c.mortise.host.v1.ImportChunk\x1a\x1c.mortise.host.v1.ImportReply(\x01\x12B\n" +
 	"\x04Keys\x12\x1c.mortise.host.v1.KeysRequest\x1a\x1c.mortise.host.v1.OpenRequest\x12C\n" +
@@ -3898,7 +4383,7 @@ func file_internal_hostapi_hostapi_proto_rawDescGZIP() []byte {
 }
 
 var file_internal_hostapi_hostapi_proto_enumTypes = make([]protoimpl.EnumInfo, 4)
-var file_internal_hostapi_hostapi_proto_msgTypes = make([]protoimpl.MessageInfo, 51)
+var file_internal_hostapi_hostapi_proto_msgTypes = make([]protoimpl.MessageInfo, 58)
 var file_internal_hostapi_hostapi_proto_goTypes = []any{
 	(PowerState)(0),               // 0: mortise.host.v1.PowerState
 	(HostEvent_Kind)(0),           // 1: mortise.host.v1.HostEvent.Kind
@@ -3937,24 +4422,31 @@ var file_internal_hostapi_hostapi_proto_goTypes = []any{
 	(*CryptoChange)(nil),          // 34: mortise.host.v1.CryptoChange
 	(*ReconfigureVMRequest)(nil),  // 35: mortise.host.v1.ReconfigureVMRequest
 	(*DiskCryptoChange)(nil),      // 36: mortise.host.v1.DiskCryptoChange
-	(*AttachDisk)(nil),            // 37: mortise.host.v1.AttachDisk
-	(*Progress)(nil),              // 38: mortise.host.v1.Progress
-	(*PowerRequest)(nil),          // 39: mortise.host.v1.PowerRequest
-	(*ReleaseReply)(nil),          // 40: mortise.host.v1.ReleaseReply
-	(*DeleteVMReply)(nil),         // 41: mortise.host.v1.DeleteVMReply
-	(*ImportChunk)(nil),           // 42: mortise.host.v1.ImportChunk
-	(*ImportReply)(nil),           // 43: mortise.host.v1.ImportReply
-	(*ConsoleData)(nil),           // 44: mortise.host.v1.ConsoleData
-	(*OpenRequest)(nil),           // 45: mortise.host.v1.OpenRequest
-	(*VMXCreateRequest)(nil),      // 46: mortise.host.v1.VMXCreateRequest
-	(*VMXReconfigureRequest)(nil), // 47: mortise.host.v1.VMXReconfigureRequest
-	(*StatusRequest)(nil),         // 48: mortise.host.v1.StatusRequest
-	(*VMXStatus)(nil),             // 49: mortise.host.v1.VMXStatus
-	(*ServedDisk)(nil),            // 50: mortise.host.v1.ServedDisk
-	(*KeysRequest)(nil),           // 51: mortise.host.v1.KeysRequest
-	(*CloseRequest)(nil),          // 52: mortise.host.v1.CloseRequest
-	(*CloseReply)(nil),            // 53: mortise.host.v1.CloseReply
-	(*Fault)(nil),                 // 54: mortise.host.v1.Fault
+	(*Before)(nil),                // 37: mortise.host.v1.Before
+	(*Pace)(nil),                  // 38: mortise.host.v1.Pace
+	(*PaceRequest)(nil),           // 39: mortise.host.v1.PaceRequest
+	(*PaceReply)(nil),             // 40: mortise.host.v1.PaceReply
+	(*EstimateRequest)(nil),       // 41: mortise.host.v1.EstimateRequest
+	(*EstimateReply)(nil),         // 42: mortise.host.v1.EstimateReply
+	(*DiskEstimate)(nil),          // 43: mortise.host.v1.DiskEstimate
+	(*AttachDisk)(nil),            // 44: mortise.host.v1.AttachDisk
+	(*Progress)(nil),              // 45: mortise.host.v1.Progress
+	(*PowerRequest)(nil),          // 46: mortise.host.v1.PowerRequest
+	(*ReleaseReply)(nil),          // 47: mortise.host.v1.ReleaseReply
+	(*DeleteVMReply)(nil),         // 48: mortise.host.v1.DeleteVMReply
+	(*ImportChunk)(nil),           // 49: mortise.host.v1.ImportChunk
+	(*ImportReply)(nil),           // 50: mortise.host.v1.ImportReply
+	(*ConsoleData)(nil),           // 51: mortise.host.v1.ConsoleData
+	(*OpenRequest)(nil),           // 52: mortise.host.v1.OpenRequest
+	(*VMXCreateRequest)(nil),      // 53: mortise.host.v1.VMXCreateRequest
+	(*VMXReconfigureRequest)(nil), // 54: mortise.host.v1.VMXReconfigureRequest
+	(*StatusRequest)(nil),         // 55: mortise.host.v1.StatusRequest
+	(*VMXStatus)(nil),             // 56: mortise.host.v1.VMXStatus
+	(*ServedDisk)(nil),            // 57: mortise.host.v1.ServedDisk
+	(*KeysRequest)(nil),           // 58: mortise.host.v1.KeysRequest
+	(*CloseRequest)(nil),          // 59: mortise.host.v1.CloseRequest
+	(*CloseReply)(nil),            // 60: mortise.host.v1.CloseReply
+	(*Fault)(nil),                 // 61: mortise.host.v1.Fault
 }
 var file_internal_hostapi_hostapi_proto_depIdxs = []int32{
 	7,  // 0: mortise.host.v1.KEK.id:type_name -> mortise.host.v1.KeyID
@@ -3996,81 +4488,99 @@ var file_internal_hostapi_hostapi_proto_depIdxs = []int32{
 	36, // 36: mortise.host.v1.ReconfigureVMRequest.disks:type_name -> mortise.host.v1.DiskCryptoChange
 	20, // 37: mortise.host.v1.ReconfigureVMRequest.hardware:type_name -> mortise.host.v1.Hardware
 	31, // 38: mortise.host.v1.ReconfigureVMRequest.add_disks:type_name -> mortise.host.v1.NewDisk
-	37, // 39: mortise.host.v1.ReconfigureVMRequest.attach_disks:type_name -> mortise.host.v1.AttachDisk
-	34, // 40: mortise.host.v1.DiskCryptoChange.change:type_name -> mortise.host.v1.CryptoChange
-	19, // 41: mortise.host.v1.Progress.result:type_name -> mortise.host.v1.VMInfo
-	6,  // 42: mortise.host.v1.PowerRequest.header:type_name -> mortise.host.v1.Header
-	16, // 43: mortise.host.v1.PowerRequest.ref:type_name -> mortise.host.v1.VMRef
-	7,  // 44: mortise.host.v1.ReleaseReply.wiped:type_name -> mortise.host.v1.KeyID
-	7,  // 45: mortise.host.v1.DeleteVMReply.wiped:type_name -> mortise.host.v1.KeyID
-	6,  // 46: mortise.host.v1.ImportChunk.header:type_name -> mortise.host.v1.Header
-	16, // 47: mortise.host.v1.ImportChunk.ref:type_name -> mortise.host.v1.VMRef
-	16, // 48: mortise.host.v1.ConsoleData.ref:type_name -> mortise.host.v1.VMRef
-	16, // 49: mortise.host.v1.OpenRequest.ref:type_name -> mortise.host.v1.VMRef
-	8,  // 50: mortise.host.v1.OpenRequest.keys:type_name -> mortise.host.v1.KEK
-	30, // 51: mortise.host.v1.VMXCreateRequest.vm:type_name -> mortise.host.v1.CreateVMRequest
-	8,  // 52: mortise.host.v1.VMXCreateRequest.keys:type_name -> mortise.host.v1.KEK
-	35, // 53: mortise.host.v1.VMXReconfigureRequest.change:type_name -> mortise.host.v1.ReconfigureVMRequest
-	8,  // 54: mortise.host.v1.VMXReconfigureRequest.keys:type_name -> mortise.host.v1.KEK
-	50, // 55: mortise.host.v1.VMXStatus.disks:type_name -> mortise.host.v1.ServedDisk
-	19, // 56: mortise.host.v1.VMXStatus.info:type_name -> mortise.host.v1.VMInfo
-	3,  // 57: mortise.host.v1.Fault.kind:type_name -> mortise.host.v1.Fault.Kind
-	7,  // 58: mortise.host.v1.Fault.missing:type_name -> mortise.host.v1.KeyID
-	4,  // 59: mortise.host.v1.Join.Join:input_type -> mortise.host.v1.JoinRequest
-	9,  // 60: mortise.host.v1.Host.Describe:input_type -> mortise.host.v1.DescribeRequest
-	13, // 61: mortise.host.v1.Host.Watch:input_type -> mortise.host.v1.WatchRequest
-	23, // 62: mortise.host.v1.Host.PushKeys:input_type -> mortise.host.v1.PushKeysRequest
-	25, // 63: mortise.host.v1.Host.RemoveKeys:input_type -> mortise.host.v1.RemoveKeysRequest
-	27, // 64: mortise.host.v1.Host.ListKeys:input_type -> mortise.host.v1.ListKeysRequest
-	30, // 65: mortise.host.v1.Host.CreateVM:input_type -> mortise.host.v1.CreateVMRequest
-	32, // 66: mortise.host.v1.Host.InspectVM:input_type -> mortise.host.v1.InspectVMRequest
-	33, // 67: mortise.host.v1.Host.InspectDisk:input_type -> mortise.host.v1.InspectDiskRequest
-	35, // 68: mortise.host.v1.Host.ReconfigureVM:input_type -> mortise.host.v1.ReconfigureVMRequest
-	39, // 69: mortise.host.v1.Host.PowerOn:input_type -> mortise.host.v1.PowerRequest
-	39, // 70: mortise.host.v1.Host.PowerOff:input_type -> mortise.host.v1.PowerRequest
-	39, // 71: mortise.host.v1.Host.Shutdown:input_type -> mortise.host.v1.PowerRequest
-	39, // 72: mortise.host.v1.Host.Reset:input_type -> mortise.host.v1.PowerRequest
-	39, // 73: mortise.host.v1.Host.Release:input_type -> mortise.host.v1.PowerRequest
-	39, // 74: mortise.host.v1.Host.DeleteVM:input_type -> mortise.host.v1.PowerRequest
-	42, // 75: mortise.host.v1.Host.ImportDisk:input_type -> mortise.host.v1.ImportChunk
-	44, // 76: mortise.host.v1.Host.Console:input_type -> mortise.host.v1.ConsoleData
-	46, // 77: mortise.host.v1.VMX.Create:input_type -> mortise.host.v1.VMXCreateRequest
-	45, // 78: mortise.host.v1.VMX.Open:input_type -> mortise.host.v1.OpenRequest
-	48, // 79: mortise.host.v1.VMX.Status:input_type -> mortise.host.v1.StatusRequest
-	47, // 80: mortise.host.v1.VMX.Reconfigure:input_type -> mortise.host.v1.VMXReconfigureRequest
-	42, // 81: mortise.host.v1.VMX.ImportDisk:input_type -> mortise.host.v1.ImportChunk
-	51, // 82: mortise.host.v1.VMX.Keys:input_type -> mortise.host.v1.KeysRequest
-	52, // 83: mortise.host.v1.VMX.Close:input_type -> mortise.host.v1.CloseRequest
-	5,  // 84: mortise.host.v1.Join.Join:output_type -> mortise.host.v1.JoinReply
-	10, // 85: mortise.host.v1.Host.Describe:output_type -> mortise.host.v1.HostInfo
-	14, // 86: mortise.host.v1.Host.Watch:output_type -> mortise.host.v1.HostEvent
-	24, // 87: mortise.host.v1.Host.PushKeys:output_type -> mortise.host.v1.PushKeysReply
-	26, // 88: mortise.host.v1.Host.RemoveKeys:output_type -> mortise.host.v1.RemoveKeysReply
-	28, // 89: mortise.host.v1.Host.ListKeys:output_type -> mortise.host.v1.ListKeysReply
-	19, // 90: mortise.host.v1.Host.CreateVM:output_type -> mortise.host.v1.VMInfo
-	19, // 91: mortise.host.v1.Host.InspectVM:output_type -> mortise.host.v1.VMInfo
-	22, // 92: mortise.host.v1.Host.InspectDisk:output_type -> mortise.host.v1.DiskInfo
-	38, // 93: mortise.host.v1.Host.ReconfigureVM:output_type -> mortise.host.v1.Progress
-	19, // 94: mortise.host.v1.Host.PowerOn:output_type -> mortise.host.v1.VMInfo
-	19, // 95: mortise.host.v1.Host.PowerOff:output_type -> mortise.host.v1.VMInfo
-	19, // 96: mortise.host.v1.Host.Shutdown:output_type -> mortise.host.v1.VMInfo
-	19, // 97: mortise.host.v1.Host.Reset:output_type -> mortise.host.v1.VMInfo
-	40, // 98: mortise.host.v1.Host.Release:output_type -> mortise.host.v1.ReleaseReply
-	41, // 99: mortise.host.v1.Host.DeleteVM:output_type -> mortise.host.v1.DeleteVMReply
-	43, // 100: mortise.host.v1.Host.ImportDisk:output_type -> mortise.host.v1.ImportReply
-	44, // 101: mortise.host.v1.Host.Console:output_type -> mortise.host.v1.ConsoleData
-	19, // 102: mortise.host.v1.VMX.Create:output_type -> mortise.host.v1.VMInfo
-	49, // 103: mortise.host.v1.VMX.Open:output_type -> mortise.host.v1.VMXStatus
-	49, // 104: mortise.host.v1.VMX.Status:output_type -> mortise.host.v1.VMXStatus
-	38, // 105: mortise.host.v1.VMX.Reconfigure:output_type -> mortise.host.v1.Progress
-	43, // 106: mortise.host.v1.VMX.ImportDisk:output_type -> mortise.host.v1.ImportReply
-	45, // 107: mortise.host.v1.VMX.Keys:output_type -> mortise.host.v1.OpenRequest
-	53, // 108: mortise.host.v1.VMX.Close:output_type -> mortise.host.v1.CloseReply
-	84, // [84:109] is the sub-list for method output_type
-	59, // [59:84] is the sub-list for method input_type
-	59, // [59:59] is the sub-list for extension type_name
-	59, // [59:59] is the sub-list for extension extendee
-	0,  // [0:59] is the sub-list for field type_name
+	44, // 39: mortise.host.v1.ReconfigureVMRequest.attach_disks:type_name -> mortise.host.v1.AttachDisk
+	37, // 40: mortise.host.v1.ReconfigureVMRequest.home_before:type_name -> mortise.host.v1.Before
+	38, // 41: mortise.host.v1.ReconfigureVMRequest.pace:type_name -> mortise.host.v1.Pace
+	34, // 42: mortise.host.v1.DiskCryptoChange.change:type_name -> mortise.host.v1.CryptoChange
+	37, // 43: mortise.host.v1.DiskCryptoChange.before:type_name -> mortise.host.v1.Before
+	7,  // 44: mortise.host.v1.Before.key:type_name -> mortise.host.v1.KeyID
+	6,  // 45: mortise.host.v1.PaceRequest.header:type_name -> mortise.host.v1.Header
+	16, // 46: mortise.host.v1.PaceRequest.ref:type_name -> mortise.host.v1.VMRef
+	38, // 47: mortise.host.v1.PaceRequest.pace:type_name -> mortise.host.v1.Pace
+	6,  // 48: mortise.host.v1.EstimateRequest.header:type_name -> mortise.host.v1.Header
+	16, // 49: mortise.host.v1.EstimateRequest.ref:type_name -> mortise.host.v1.VMRef
+	43, // 50: mortise.host.v1.EstimateReply.disks:type_name -> mortise.host.v1.DiskEstimate
+	19, // 51: mortise.host.v1.Progress.result:type_name -> mortise.host.v1.VMInfo
+	6,  // 52: mortise.host.v1.PowerRequest.header:type_name -> mortise.host.v1.Header
+	16, // 53: mortise.host.v1.PowerRequest.ref:type_name -> mortise.host.v1.VMRef
+	7,  // 54: mortise.host.v1.ReleaseReply.wiped:type_name -> mortise.host.v1.KeyID
+	7,  // 55: mortise.host.v1.DeleteVMReply.wiped:type_name -> mortise.host.v1.KeyID
+	6,  // 56: mortise.host.v1.ImportChunk.header:type_name -> mortise.host.v1.Header
+	16, // 57: mortise.host.v1.ImportChunk.ref:type_name -> mortise.host.v1.VMRef
+	16, // 58: mortise.host.v1.ConsoleData.ref:type_name -> mortise.host.v1.VMRef
+	16, // 59: mortise.host.v1.OpenRequest.ref:type_name -> mortise.host.v1.VMRef
+	8,  // 60: mortise.host.v1.OpenRequest.keys:type_name -> mortise.host.v1.KEK
+	30, // 61: mortise.host.v1.VMXCreateRequest.vm:type_name -> mortise.host.v1.CreateVMRequest
+	8,  // 62: mortise.host.v1.VMXCreateRequest.keys:type_name -> mortise.host.v1.KEK
+	35, // 63: mortise.host.v1.VMXReconfigureRequest.change:type_name -> mortise.host.v1.ReconfigureVMRequest
+	8,  // 64: mortise.host.v1.VMXReconfigureRequest.keys:type_name -> mortise.host.v1.KEK
+	57, // 65: mortise.host.v1.VMXStatus.disks:type_name -> mortise.host.v1.ServedDisk
+	19, // 66: mortise.host.v1.VMXStatus.info:type_name -> mortise.host.v1.VMInfo
+	3,  // 67: mortise.host.v1.Fault.kind:type_name -> mortise.host.v1.Fault.Kind
+	7,  // 68: mortise.host.v1.Fault.missing:type_name -> mortise.host.v1.KeyID
+	4,  // 69: mortise.host.v1.Join.Join:input_type -> mortise.host.v1.JoinRequest
+	9,  // 70: mortise.host.v1.Host.Describe:input_type -> mortise.host.v1.DescribeRequest
+	13, // 71: mortise.host.v1.Host.Watch:input_type -> mortise.host.v1.WatchRequest
+	23, // 72: mortise.host.v1.Host.PushKeys:input_type -> mortise.host.v1.PushKeysRequest
+	25, // 73: mortise.host.v1.Host.RemoveKeys:input_type -> mortise.host.v1.RemoveKeysRequest
+	27, // 74: mortise.host.v1.Host.ListKeys:input_type -> mortise.host.v1.ListKeysRequest
+	30, // 75: mortise.host.v1.Host.CreateVM:input_type -> mortise.host.v1.CreateVMRequest
+	32, // 76: mortise.host.v1.Host.InspectVM:input_type -> mortise.host.v1.InspectVMRequest
+	33, // 77: mortise.host.v1.Host.InspectDisk:input_type -> mortise.host.v1.InspectDiskRequest
+	35, // 78: mortise.host.v1.Host.ReconfigureVM:input_type -> mortise.host.v1.ReconfigureVMRequest
+	39, // 79: mortise.host.v1.Host.SetPace:input_type -> mortise.host.v1.PaceRequest
+	41, // 80: mortise.host.v1.Host.EstimateVM:input_type -> mortise.host.v1.EstimateRequest
+	46, // 81: mortise.host.v1.Host.PowerOn:input_type -> mortise.host.v1.PowerRequest
+	46, // 82: mortise.host.v1.Host.PowerOff:input_type -> mortise.host.v1.PowerRequest
+	46, // 83: mortise.host.v1.Host.Shutdown:input_type -> mortise.host.v1.PowerRequest
+	46, // 84: mortise.host.v1.Host.Reset:input_type -> mortise.host.v1.PowerRequest
+	46, // 85: mortise.host.v1.Host.Release:input_type -> mortise.host.v1.PowerRequest
+	46, // 86: mortise.host.v1.Host.DeleteVM:input_type -> mortise.host.v1.PowerRequest
+	49, // 87: mortise.host.v1.Host.ImportDisk:input_type -> mortise.host.v1.ImportChunk
+	51, // 88: mortise.host.v1.Host.Console:input_type -> mortise.host.v1.ConsoleData
+	53, // 89: mortise.host.v1.VMX.Create:input_type -> mortise.host.v1.VMXCreateRequest
+	52, // 90: mortise.host.v1.VMX.Open:input_type -> mortise.host.v1.OpenRequest
+	55, // 91: mortise.host.v1.VMX.Status:input_type -> mortise.host.v1.StatusRequest
+	54, // 92: mortise.host.v1.VMX.Reconfigure:input_type -> mortise.host.v1.VMXReconfigureRequest
+	38, // 93: mortise.host.v1.VMX.SetPace:input_type -> mortise.host.v1.Pace
+	41, // 94: mortise.host.v1.VMX.Estimate:input_type -> mortise.host.v1.EstimateRequest
+	49, // 95: mortise.host.v1.VMX.ImportDisk:input_type -> mortise.host.v1.ImportChunk
+	58, // 96: mortise.host.v1.VMX.Keys:input_type -> mortise.host.v1.KeysRequest
+	59, // 97: mortise.host.v1.VMX.Close:input_type -> mortise.host.v1.CloseRequest
+	5,  // 98: mortise.host.v1.Join.Join:output_type -> mortise.host.v1.JoinReply
+	10, // 99: mortise.host.v1.Host.Describe:output_type -> mortise.host.v1.HostInfo
+	14, // 100: mortise.host.v1.Host.Watch:output_type -> mortise.host.v1.HostEvent
+	24, // 101: mortise.host.v1.Host.PushKeys:output_type -> mortise.host.v1.PushKeysReply
+	26, // 102: mortise.host.v1.Host.RemoveKeys:output_type -> mortise.host.v1.RemoveKeysReply
+	28, // 103: mortise.host.v1.Host.ListKeys:output_type -> mortise.host.v1.ListKeysReply
+	19, // 104: mortise.host.v1.Host.CreateVM:output_type -> mortise.host.v1.VMInfo
+	19, // 105: mortise.host.v1.Host.InspectVM:output_type -> mortise.host.v1.VMInfo
+	22, // 106: mortise.host.v1.Host.InspectDisk:output_type -> mortise.host.v1.DiskInfo
+	45, // 107: mortise.host.v1.Host.ReconfigureVM:output_type -> mortise.host.v1.Progress
+	40, // 108: mortise.host.v1.Host.SetPace:output_type -> mortise.host.v1.PaceReply
+	42, // 109: mortise.host.v1.Host.EstimateVM:output_type -> mortise.host.v1.EstimateReply
+	19, // 110: mortise.host.v1.Host.PowerOn:output_type -> mortise.host.v1.VMInfo
+	19, // 111: mortise.host.v1.Host.PowerOff:output_type -> mortise.host.v1.VMInfo
+	19, // 112: mortise.host.v1.Host.Shutdown:output_type -> mortise.host.v1.VMInfo
+	19, // 113: mortise.host.v1.Host.Reset:output_type -> mortise.host.v1.VMInfo
+	47, // 114: mortise.host.v1.Host.Release:output_type -> mortise.host.v1.ReleaseReply
+	48, // 115: mortise.host.v1.Host.DeleteVM:output_type -> mortise.host.v1.DeleteVMReply
+	50, // 116: mortise.host.v1.Host.ImportDisk:output_type -> mortise.host.v1.ImportReply
+	51, // 117: mortise.host.v1.Host.Console:output_type -> mortise.host.v1.ConsoleData
+	19, // 118: mortise.host.v1.VMX.Create:output_type -> mortise.host.v1.VMInfo
+	56, // 119: mortise.host.v1.VMX.Open:output_type -> mortise.host.v1.VMXStatus
+	56, // 120: mortise.host.v1.VMX.Status:output_type -> mortise.host.v1.VMXStatus
+	45, // 121: mortise.host.v1.VMX.Reconfigure:output_type -> mortise.host.v1.Progress
+	40, // 122: mortise.host.v1.VMX.SetPace:output_type -> mortise.host.v1.PaceReply
+	42, // 123: mortise.host.v1.VMX.Estimate:output_type -> mortise.host.v1.EstimateReply
+	50, // 124: mortise.host.v1.VMX.ImportDisk:output_type -> mortise.host.v1.ImportReply
+	52, // 125: mortise.host.v1.VMX.Keys:output_type -> mortise.host.v1.OpenRequest
+	60, // 126: mortise.host.v1.VMX.Close:output_type -> mortise.host.v1.CloseReply
+	98, // [98:127] is the sub-list for method output_type
+	69, // [69:98] is the sub-list for method input_type
+	69, // [69:69] is the sub-list for extension type_name
+	69, // [69:69] is the sub-list for extension extendee
+	0,  // [0:69] is the sub-list for field type_name
 }
 
 func init() { file_internal_hostapi_hostapi_proto_init() }
@@ -4084,7 +4594,7 @@ func file_internal_hostapi_hostapi_proto_init() {
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_internal_hostapi_hostapi_proto_rawDesc), len(file_internal_hostapi_hostapi_proto_rawDesc)),
 			NumEnums:      4,
-			NumMessages:   51,
+			NumMessages:   58,
 			NumExtensions: 0,
 			NumServices:   3,
 		},

@@ -145,6 +145,8 @@ const (
 	Host_InspectVM_FullMethodName     = "/mortise.host.v1.Host/InspectVM"
 	Host_InspectDisk_FullMethodName   = "/mortise.host.v1.Host/InspectDisk"
 	Host_ReconfigureVM_FullMethodName = "/mortise.host.v1.Host/ReconfigureVM"
+	Host_SetPace_FullMethodName       = "/mortise.host.v1.Host/SetPace"
+	Host_EstimateVM_FullMethodName    = "/mortise.host.v1.Host/EstimateVM"
 	Host_PowerOn_FullMethodName       = "/mortise.host.v1.Host/PowerOn"
 	Host_PowerOff_FullMethodName      = "/mortise.host.v1.Host/PowerOff"
 	Host_Shutdown_FullMethodName      = "/mortise.host.v1.Host/Shutdown"
@@ -178,8 +180,16 @@ type HostClient interface {
 	InspectDisk(ctx context.Context, in *InspectDiskRequest, opts ...grpc.CallOption) (*DiskInfo, error)
 	// ReconfigureVM changes encryption and hardware. It reports progress until the
 	// last message, which carries the VM as it is then. Cancelling the call stops
-	// at a durable boundary; calling it again goes on from there (R4).
+	// at a durable boundary; calling it again goes on from there (R4), calling it
+	// with undo set takes back what was done. A disk's conversion first waits for
+	// its turn, on the datastore and on the host; undoing waits for nobody.
 	ReconfigureVM(ctx context.Context, in *ReconfigureVMRequest, opts ...grpc.CallOption) (grpc.ServerStreamingClient[Progress], error)
+	// SetPace holds back, or lets go, the conversions of the ReconfigureVM that runs
+	// for the VM, or waits for its turn. NOT_FOUND: none does.
+	SetPace(ctx context.Context, in *PaceRequest, opts ...grpc.CallOption) (*PaceReply, error)
+	// EstimateVM tells what converting a VM's disks would take, by trials on copies
+	// of some of their data. It changes nothing.
+	EstimateVM(ctx context.Context, in *EstimateRequest, opts ...grpc.CallOption) (*EstimateReply, error)
 	PowerOn(ctx context.Context, in *PowerRequest, opts ...grpc.CallOption) (*VMInfo, error)
 	PowerOff(ctx context.Context, in *PowerRequest, opts ...grpc.CallOption) (*VMInfo, error)
 	Shutdown(ctx context.Context, in *PowerRequest, opts ...grpc.CallOption) (*VMInfo, error)
@@ -315,6 +325,26 @@ func (c *hostClient) ReconfigureVM(ctx context.Context, in *ReconfigureVMRequest
 // This type alias is provided for backwards compatibility with existing code that references the prior non-generic stream type by name.
 type Host_ReconfigureVMClient = grpc.ServerStreamingClient[Progress]
 
+func (c *hostClient) SetPace(ctx context.Context, in *PaceRequest, opts ...grpc.CallOption) (*PaceReply, error) {
+	cOpts := append([]grpc.CallOption{grpc.StaticMethod()}, opts...)
+	out := new(PaceReply)
+	err := c.cc.Invoke(ctx, Host_SetPace_FullMethodName, in, out, cOpts...)
+	if err != nil {
+		return nil, err
+	}
+	return out, nil
+}
+
+func (c *hostClient) EstimateVM(ctx context.Context, in *EstimateRequest, opts ...grpc.CallOption) (*EstimateReply, error) {
+	cOpts := append([]grpc.CallOption{grpc.StaticMethod()}, opts...)
+	out := new(EstimateReply)
+	err := c.cc.Invoke(ctx, Host_EstimateVM_FullMethodName, in, out, cOpts...)
+	if err != nil {
+		return nil, err
+	}
+	return out, nil
+}
+
 func (c *hostClient) PowerOn(ctx context.Context, in *PowerRequest, opts ...grpc.CallOption) (*VMInfo, error) {
 	cOpts := append([]grpc.CallOption{grpc.StaticMethod()}, opts...)
 	out := new(VMInfo)
@@ -424,8 +454,16 @@ type HostServer interface {
 	InspectDisk(context.Context, *InspectDiskRequest) (*DiskInfo, error)
 	// ReconfigureVM changes encryption and hardware. It reports progress until the
 	// last message, which carries the VM as it is then. Cancelling the call stops
-	// at a durable boundary; calling it again goes on from there (R4).
+	// at a durable boundary; calling it again goes on from there (R4), calling it
+	// with undo set takes back what was done. A disk's conversion first waits for
+	// its turn, on the datastore and on the host; undoing waits for nobody.
 	ReconfigureVM(*ReconfigureVMRequest, grpc.ServerStreamingServer[Progress]) error
+	// SetPace holds back, or lets go, the conversions of the ReconfigureVM that runs
+	// for the VM, or waits for its turn. NOT_FOUND: none does.
+	SetPace(context.Context, *PaceRequest) (*PaceReply, error)
+	// EstimateVM tells what converting a VM's disks would take, by trials on copies
+	// of some of their data. It changes nothing.
+	EstimateVM(context.Context, *EstimateRequest) (*EstimateReply, error)
 	PowerOn(context.Context, *PowerRequest) (*VMInfo, error)
 	PowerOff(context.Context, *PowerRequest) (*VMInfo, error)
 	Shutdown(context.Context, *PowerRequest) (*VMInfo, error)
@@ -479,6 +517,12 @@ func (UnimplementedHostServer) InspectDisk(context.Context, *InspectDiskRequest)
 }
 func (UnimplementedHostServer) ReconfigureVM(*ReconfigureVMRequest, grpc.ServerStreamingServer[Progress]) error {
 	return status.Errorf(codes.Unimplemented, "method ReconfigureVM not implemented")
+}
+func (UnimplementedHostServer) SetPace(context.Context, *PaceRequest) (*PaceReply, error) {
+	return nil, status.Errorf(codes.Unimplemented, "method SetPace not implemented")
+}
+func (UnimplementedHostServer) EstimateVM(context.Context, *EstimateRequest) (*EstimateReply, error) {
+	return nil, status.Errorf(codes.Unimplemented, "method EstimateVM not implemented")
 }
 func (UnimplementedHostServer) PowerOn(context.Context, *PowerRequest) (*VMInfo, error) {
 	return nil, status.Errorf(codes.Unimplemented, "method PowerOn not implemented")
@@ -673,6 +717,42 @@ func _Host_ReconfigureVM_Handler(srv interface{}, stream grpc.ServerStream) erro
 // This type alias is provided for backwards compatibility with existing code that references the prior non-generic stream type by name.
 type Host_ReconfigureVMServer = grpc.ServerStreamingServer[Progress]
 
+func _Host_SetPace_Handler(srv interface{}, ctx context.Context, dec func(interface{}) error, interceptor grpc.UnaryServerInterceptor) (interface{}, error) {
+	in := new(PaceRequest)
+	if err := dec(in); err != nil {
+		return nil, err
+	}
+	if interceptor == nil {
+		return srv.(HostServer).SetPace(ctx, in)
+	}
+	info := &grpc.UnaryServerInfo{
+		Server:     srv,
+		FullMethod: Host_SetPace_FullMethodName,
+	}
+	handler := func(ctx context.Context, req interface{}) (interface{}, error) {
+		return srv.(HostServer).SetPace(ctx, req.(*PaceRequest))
+	}
+	return interceptor(ctx, in, info, handler)
+}
+
+func _Host_EstimateVM_Handler(srv interface{}, ctx context.Context, dec func(interface{}) error, interceptor grpc.UnaryServerInterceptor) (interface{}, error) {
+	in := new(EstimateRequest)
+	if err := dec(in); err != nil {
+		return nil, err
+	}
+	if interceptor == nil {
+		return srv.(HostServer).EstimateVM(ctx, in)
+	}
+	info := &grpc.UnaryServerInfo{
+		Server:     srv,
+		FullMethod: Host_EstimateVM_FullMethodName,
+	}
+	handler := func(ctx context.Context, req interface{}) (interface{}, error) {
+		return srv.(HostServer).EstimateVM(ctx, req.(*EstimateRequest))
+	}
+	return interceptor(ctx, in, info, handler)
+}
+
 func _Host_PowerOn_Handler(srv interface{}, ctx context.Context, dec func(interface{}) error, interceptor grpc.UnaryServerInterceptor) (interface{}, error) {
 	in := new(PowerRequest)
 	if err := dec(in); err != nil {
@@ -831,6 +911,14 @@ var Host_ServiceDesc = grpc.ServiceDesc{
 			Handler:    _Host_InspectDisk_Handler,
 		},
 		{
+			MethodName: "SetPace",
+			Handler:    _Host_SetPace_Handler,
+		},
+		{
+			MethodName: "EstimateVM",
+			Handler:    _Host_EstimateVM_Handler,
+		},
+		{
 			MethodName: "PowerOn",
 			Handler:    _Host_PowerOn_Handler,
 		},
@@ -886,6 +974,8 @@ const (
 	VMX_Open_FullMethodName        = "/mortise.host.v1.VMX/Open"
 	VMX_Status_FullMethodName      = "/mortise.host.v1.VMX/Status"
 	VMX_Reconfigure_FullMethodName = "/mortise.host.v1.VMX/Reconfigure"
+	VMX_SetPace_FullMethodName     = "/mortise.host.v1.VMX/SetPace"
+	VMX_Estimate_FullMethodName    = "/mortise.host.v1.VMX/Estimate"
 	VMX_ImportDisk_FullMethodName  = "/mortise.host.v1.VMX/ImportDisk"
 	VMX_Keys_FullMethodName        = "/mortise.host.v1.VMX/Keys"
 	VMX_Close_FullMethodName       = "/mortise.host.v1.VMX/Close"
@@ -907,6 +997,11 @@ type VMXClient interface {
 	Open(ctx context.Context, in *OpenRequest, opts ...grpc.CallOption) (*VMXStatus, error)
 	Status(ctx context.Context, in *StatusRequest, opts ...grpc.CallOption) (*VMXStatus, error)
 	Reconfigure(ctx context.Context, in *VMXReconfigureRequest, opts ...grpc.CallOption) (grpc.ServerStreamingClient[Progress], error)
+	// SetPace is for the conversions that run, and for those to come until another
+	// Reconfigure begins.
+	SetPace(ctx context.Context, in *Pace, opts ...grpc.CallOption) (*PaceReply, error)
+	// Estimate needs the VM open.
+	Estimate(ctx context.Context, in *EstimateRequest, opts ...grpc.CallOption) (*EstimateReply, error)
 	ImportDisk(ctx context.Context, opts ...grpc.CallOption) (grpc.ClientStreamingClient[ImportChunk, ImportReply], error)
 	// Keys hands the KEKs back to an agent that restarted without center (design:
 	// "if agent and vmx die together, the agent refills from surviving vmxes").
@@ -972,6 +1067,26 @@ func (c *vMXClient) Reconfigure(ctx context.Context, in *VMXReconfigureRequest, 
 // This type alias is provided for backwards compatibility with existing code that references the prior non-generic stream type by name.
 type VMX_ReconfigureClient = grpc.ServerStreamingClient[Progress]
 
+func (c *vMXClient) SetPace(ctx context.Context, in *Pace, opts ...grpc.CallOption) (*PaceReply, error) {
+	cOpts := append([]grpc.CallOption{grpc.StaticMethod()}, opts...)
+	out := new(PaceReply)
+	err := c.cc.Invoke(ctx, VMX_SetPace_FullMethodName, in, out, cOpts...)
+	if err != nil {
+		return nil, err
+	}
+	return out, nil
+}
+
+func (c *vMXClient) Estimate(ctx context.Context, in *EstimateRequest, opts ...grpc.CallOption) (*EstimateReply, error) {
+	cOpts := append([]grpc.CallOption{grpc.StaticMethod()}, opts...)
+	out := new(EstimateReply)
+	err := c.cc.Invoke(ctx, VMX_Estimate_FullMethodName, in, out, cOpts...)
+	if err != nil {
+		return nil, err
+	}
+	return out, nil
+}
+
 func (c *vMXClient) ImportDisk(ctx context.Context, opts ...grpc.CallOption) (grpc.ClientStreamingClient[ImportChunk, ImportReply], error) {
 	cOpts := append([]grpc.CallOption{grpc.StaticMethod()}, opts...)
 	stream, err := c.cc.NewStream(ctx, &VMX_ServiceDesc.Streams[1], VMX_ImportDisk_FullMethodName, cOpts...)
@@ -1021,6 +1136,11 @@ type VMXServer interface {
 	Open(context.Context, *OpenRequest) (*VMXStatus, error)
 	Status(context.Context, *StatusRequest) (*VMXStatus, error)
 	Reconfigure(*VMXReconfigureRequest, grpc.ServerStreamingServer[Progress]) error
+	// SetPace is for the conversions that run, and for those to come until another
+	// Reconfigure begins.
+	SetPace(context.Context, *Pace) (*PaceReply, error)
+	// Estimate needs the VM open.
+	Estimate(context.Context, *EstimateRequest) (*EstimateReply, error)
 	ImportDisk(grpc.ClientStreamingServer[ImportChunk, ImportReply]) error
 	// Keys hands the KEKs back to an agent that restarted without center (design:
 	// "if agent and vmx die together, the agent refills from surviving vmxes").
@@ -1048,6 +1168,12 @@ func (UnimplementedVMXServer) Status(context.Context, *StatusRequest) (*VMXStatu
 }
 func (UnimplementedVMXServer) Reconfigure(*VMXReconfigureRequest, grpc.ServerStreamingServer[Progress]) error {
 	return status.Errorf(codes.Unimplemented, "method Reconfigure not implemented")
+}
+func (UnimplementedVMXServer) SetPace(context.Context, *Pace) (*PaceReply, error) {
+	return nil, status.Errorf(codes.Unimplemented, "method SetPace not implemented")
+}
+func (UnimplementedVMXServer) Estimate(context.Context, *EstimateRequest) (*EstimateReply, error) {
+	return nil, status.Errorf(codes.Unimplemented, "method Estimate not implemented")
 }
 func (UnimplementedVMXServer) ImportDisk(grpc.ClientStreamingServer[ImportChunk, ImportReply]) error {
 	return status.Errorf(codes.Unimplemented, "method ImportDisk not implemented")
@@ -1144,6 +1270,42 @@ func _VMX_Reconfigure_Handler(srv interface{}, stream grpc.ServerStream) error {
 // This type alias is provided for backwards compatibility with existing code that references the prior non-generic stream type by name.
 type VMX_ReconfigureServer = grpc.ServerStreamingServer[Progress]
 
+func _VMX_SetPace_Handler(srv interface{}, ctx context.Context, dec func(interface{}) error, interceptor grpc.UnaryServerInterceptor) (interface{}, error) {
+	in := new(Pace)
+	if err := dec(in); err != nil {
+		return nil, err
+	}
+	if interceptor == nil {
+		return srv.(VMXServer).SetPace(ctx, in)
+	}
+	info := &grpc.UnaryServerInfo{
+		Server:     srv,
+		FullMethod: VMX_SetPace_FullMethodName,
+	}
+	handler := func(ctx context.Context, req interface{}) (interface{}, error) {
+		return srv.(VMXServer).SetPace(ctx, req.(*Pace))
+	}
+	return interceptor(ctx, in, info, handler)
+}
+
+func _VMX_Estimate_Handler(srv interface{}, ctx context.Context, dec func(interface{}) error, interceptor grpc.UnaryServerInterceptor) (interface{}, error) {
+	in := new(EstimateRequest)
+	if err := dec(in); err != nil {
+		return nil, err
+	}
+	if interceptor == nil {
+		return srv.(VMXServer).Estimate(ctx, in)
+	}
+	info := &grpc.UnaryServerInfo{
+		Server:     srv,
+		FullMethod: VMX_Estimate_FullMethodName,
+	}
+	handler := func(ctx context.Context, req interface{}) (interface{}, error) {
+		return srv.(VMXServer).Estimate(ctx, req.(*EstimateRequest))
+	}
+	return interceptor(ctx, in, info, handler)
+}
+
 func _VMX_ImportDisk_Handler(srv interface{}, stream grpc.ServerStream) error {
 	return srv.(VMXServer).ImportDisk(&grpc.GenericServerStream[ImportChunk, ImportReply]{ServerStream: stream})
 }
@@ -1205,6 +1367,14 @@ var VMX_ServiceDesc = grpc.ServiceDesc{
 		{
 			MethodName: "Status",
 			Handler:    _VMX_Status_Handler,
+		},
+		{
+			MethodName: "SetPace",
+			Handler:    _VMX_SetPace_Handler,
+		},
+		{
+			MethodName: "Estimate",
+			Handler:    _VMX_Estimate_Handler,
 		},
 		{
 			MethodName: "Keys",

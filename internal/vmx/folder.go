@@ -84,7 +84,7 @@ func InspectDisk(path string) *hostapi.DiskInfo {
 	d.KeyId = lastKey(info.Keys)
 	if info.Conversion != vdisk.NotConverting {
 		d.Conversion, d.BoundaryBytes = info.Conversion.String(), info.Boundary
-		d.TargetKeyId = lastKey(info.TargetKeys)
+		d.TargetKeyId, d.Back = lastKey(info.TargetKeys), info.Back
 	}
 	return d
 }

@@ -7,10 +7,13 @@ import (
 	"os"
 	"path/filepath"
 
+	"github.com/google/uuid"
+
 	"mortise/internal/atomicfile"
 	"mortise/internal/hostapi"
 	"mortise/internal/keysafe"
 	"mortise/internal/secret"
+	"mortise/internal/vdisk"
 	"mortise/internal/vmfiles"
 	"mortise/internal/vmxfile"
 )
@@ -84,7 +87,12 @@ func (v *vm) settleFile(path string, b *keysafe.Bundle) error {
 
 // replacing locks the VM's extents while its files are replaced: a guest of any
 // host that has them open has the disks open too.
-func (v *vm) replacing(ctx context.Context, change func() error) error {
+// Under a guest of this process they are locked already, and no file is open
+// (checkLive).
+func (v *vm) replacing(ctx context.Context, live map[uuid.UUID]*vdisk.Disk, change func() error) error {
+	if live != nil {
+		return change()
+	}
 	o, err := v.openAll(ctx)
 	if err != nil {
 		return err
@@ -94,7 +102,7 @@ func (v *vm) replacing(ctx context.Context, change func() error) error {
 
 // changeHome encrypts the VM's files or gives them another KEK (shallow) or
 // other keys altogether (deep).
-func (v *vm) changeHome(ctx context.Context, kind hostapi.CryptoChange_Kind, to keysafe.KeyID) error {
+func (v *vm) changeHome(ctx context.Context, kind hostapi.CryptoChange_Kind, to keysafe.KeyID, live map[uuid.UUID]*vdisk.Disk) error {
 	f, err := loadVMX(v.path)
 	if err != nil {
 		return err
@@ -111,13 +119,13 @@ func (v *vm) changeHome(ctx context.Context, kind hostapi.CryptoChange_Kind, to 
 	}
 	switch {
 	case kind == hostapi.CryptoChange_ENCRYPT && b == nil:
-		return v.replacing(ctx, func() error { return v.encryptHome(to) })
+		return v.replacing(ctx, live, func() error { return v.encryptHome(to) })
 	case kind == hostapi.CryptoChange_ENCRYPT:
 		return hostapi.Faultf(hostapi.Fault_INVALID, "%s is encrypted already, with key %s: use a shallow or deep recrypt to change the key", v.path, b.Safe().KeyIDs()[0])
 	case kind == hostapi.CryptoChange_SHALLOW_RECRYPT:
 		return v.rewrapHome(to)
 	case kind == hostapi.CryptoChange_DEEP_RECRYPT:
-		return v.replacing(ctx, func() error { return v.rekeyHome(to) })
+		return v.replacing(ctx, live, func() error { return v.rekeyHome(to) })
 	}
 	return hostapi.Faultf(hostapi.Fault_NOT_SUPPORTED, "change %v of VM files is of a newer version: upgrade this host", kind)
 }
@@ -166,7 +174,7 @@ func (v *vm) rekeyHome(to keysafe.KeyID) error {
 }
 
 // decryptHome takes the bundle away; checkChange has seen that no disk needs it.
-func (v *vm) decryptHome(ctx context.Context) error {
+func (v *vm) decryptHome(ctx context.Context, live map[uuid.UUID]*vdisk.Disk) error {
 	f, err := loadVMX(v.path)
 	if err != nil {
 		return err
@@ -174,7 +182,7 @@ func (v *vm) decryptHome(ctx context.Context) error {
 	if !keysafe.IsEncrypted(f) {
 		return v.settle()
 	}
-	return v.replacing(ctx, func() error { return v.replaceFiles(v.noBundle) })
+	return v.replacing(ctx, live, func() error { return v.replaceFiles(v.noBundle) })
 }
 
 func (v *vm) noBundle(f *vmxfile.File, old *keysafe.Bundle) (*keysafe.Bundle, error) {

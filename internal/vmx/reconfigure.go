@@ -15,8 +15,8 @@ import (
 	"mortise/internal/vmxfile"
 )
 
-// A report tells how far a change is.
-type report func(stage string, done, total int64)
+// A report tells how far a change is; p is zero where there is nothing to count.
+type report func(stage string, p vdisk.Progress)
 
 // reconfigure makes the changes of r, in an order in which each step leaves a VM
 // that opens: hardware, VM files encrypted, disks, VM files decrypted. A call
@@ -26,30 +26,17 @@ func (v *vm) reconfigure(ctx context.Context, r *hostapi.ReconfigureVMRequest, l
 	if err := v.checkChange(r, live); err != nil {
 		return err
 	}
-	if r.Hardware != nil || r.Name != "" {
-		err := v.edit(func(f *vmxfile.File, _ *keysafe.Bundle) error {
-			if r.Name != "" {
-				if err := f.Set("displayName", r.Name); err != nil {
-					return err
-				}
-			}
-			if r.Hardware == nil {
-				return nil
-			}
-			return writeHardware(f, r.Hardware)
-		})
-		if err != nil {
-			return err
-		}
+	if err := v.changeHardware(r); err != nil {
+		return err
 	}
 	if k := r.Home.GetKind(); k != hostapi.CryptoChange_NONE && k != hostapi.CryptoChange_DECRYPT {
-		tell(verbs[k]+" VM files", 0, 0)
-		if err := v.changeHome(ctx, k, fromWire(r.Home.Key)); err != nil {
+		tell(verbs[k]+" VM files", vdisk.Progress{})
+		if err := v.changeHome(ctx, k, fromWire(r.Home.Key), live); err != nil {
 			return err
 		}
 	}
 	for i, d := range r.AddDisks {
-		tell(fmt.Sprintf("adding disk %d of %d", i+1, len(r.AddDisks)), 0, 0)
+		tell(fmt.Sprintf("adding disk %d of %d", i+1, len(r.AddDisks)), vdisk.Progress{})
 		if err := v.addNewDisk(ctx, d); err != nil {
 			return err
 		}
@@ -61,12 +48,12 @@ func (v *vm) reconfigure(ctx context.Context, r *hostapi.ReconfigureVMRequest, l
 	}
 	for i, d := range r.Disks {
 		stage := fmt.Sprintf("%s disk %d of %d", verbs[d.Change.GetKind()], i+1, len(r.Disks))
-		tell(stage, 0, 0)
+		tell(stage, vdisk.Progress{})
 		id, err := parseUUID("a disk", d.DiskUuid)
 		if err != nil {
 			return err
 		}
-		if err := v.changeDisk(ctx, id, d.Change, live[id], func(done, total int64) { tell(stage, done, total) }); err != nil {
+		if err := v.changeDisk(ctx, id, d.Change, live[id], func(p vdisk.Progress) { tell(stage, p) }); err != nil {
 			return err
 		}
 	}
@@ -76,10 +63,28 @@ func (v *vm) reconfigure(ctx context.Context, r *hostapi.ReconfigureVMRequest, l
 		}
 	}
 	if r.Home.GetKind() == hostapi.CryptoChange_DECRYPT {
-		tell("decrypting VM files", 0, 0)
-		return v.decryptHome(ctx)
+		tell("decrypting VM files", vdisk.Progress{})
+		return v.decryptHome(ctx, live)
 	}
 	return nil
+}
+
+// changeHardware writes what is not encrypted of a VMX.
+func (v *vm) changeHardware(r *hostapi.ReconfigureVMRequest) error {
+	if r.Hardware == nil && r.Name == "" {
+		return nil
+	}
+	return v.edit(func(f *vmxfile.File, _ *keysafe.Bundle) error {
+		if r.Name != "" {
+			if err := f.Set("displayName", r.Name); err != nil {
+				return err
+			}
+		}
+		if r.Hardware == nil {
+			return nil
+		}
+		return writeHardware(f, r.Hardware)
+	})
 }
 
 var verbs = map[hostapi.CryptoChange_Kind]string{
@@ -157,13 +162,30 @@ func (v *vm) checkChange(r *hostapi.ReconfigureVMRequest, live map[uuid.UUID]*vd
 			return hostapi.Faultf(hostapi.Fault_INVALID, "an encrypted disk cannot be added to a VM that is not encrypted: encrypt the VM too (E6)")
 		}
 	}
+	return v.checkLive(r, live)
+}
+
+// checkLive refuses what cannot be done under a guest. Disks change their form
+// under it (R2). The files that QEMU has open do not: home changes only while
+// there are none, which is so of a guest with a BIOS.
+func (v *vm) checkLive(r *hostapi.ReconfigureVMRequest, live map[uuid.UUID]*vdisk.Disk) error {
 	if live == nil {
 		return nil
 	}
-	// Disks change their form under a guest (R2); the files that QEMU has open do
-	// not.
 	if k := r.Home.GetKind(); k != hostapi.CryptoChange_NONE && k != hostapi.CryptoChange_SHALLOW_RECRYPT {
-		return hostapi.Faultf(hostapi.Fault_WRONG_POWER_STATE, "%s the files of VM %s needs it powered off: while it runs, its keys can be shallow recrypted, and its disks changed one by one", verbs[k], v.id)
+		f, err := loadVMX(v.path)
+		if err != nil {
+			return err
+		}
+		names, err := fileNames(f, v.path)
+		if err != nil {
+			return err
+		}
+		for _, n := range names {
+			if exists(filepath.Join(filepath.Dir(v.path), n)) {
+				return hostapi.Faultf(hostapi.Fault_WRONG_POWER_STATE, "%s the files of VM %s needs it powered off: its guest has %s open. While it runs, its keys can be shallow recrypted, and its disks changed one by one", verbs[k], v.id, n)
+			}
+		}
 	}
 	if len(r.AddDisks)+len(r.AttachDisks)+len(r.RemoveDiskUuids) > 0 {
 		return hostapi.Faultf(hostapi.Fault_WRONG_POWER_STATE, "disks of VM %s are added and removed while it is powered off", v.id)
@@ -175,38 +197,30 @@ func (v *vm) checkChange(r *hostapi.ReconfigureVMRequest, live map[uuid.UUID]*vd
 // more than what is true: when an encryption begins it says "either", and "must
 // be encrypted" only when that is done; a decryption takes the promise back
 // first (E8).
-func (v *vm) changeDisk(ctx context.Context, id uuid.UUID, c *hostapi.CryptoChange, open *vdisk.Disk, progress func(done, total int64)) error {
+func (v *vm) changeDisk(ctx context.Context, id uuid.UUID, c *hostapi.CryptoChange, open *vdisk.Disk, progress func(vdisk.Progress)) error {
 	if c.GetKind() == hostapi.CryptoChange_NONE {
 		return nil
 	}
 	key := fromWire(c.Key)
 	if c.Kind == hostapi.CryptoChange_DECRYPT {
-		if err := v.record(id, false); err != nil {
+		if err := v.record(id, false, 0); err != nil {
 			return err
 		}
 	}
 	v.at("disk.begin")
-	m, err := v.member(id)
+	m, d, done, err := v.take(ctx, id, open)
 	if err != nil {
 		return err
 	}
-	d := open
-	if d == nil {
-		if d, err = v.openDisk(ctx, m, false); err != nil {
-			return err
-		}
-		defer d.Close()
-	}
-	m.info = d.Info() // proven by its MACs, which what member read is not
+	defer done()
 	if c.Kind == hostapi.CryptoChange_ENCRYPT || c.Kind == hostapi.CryptoChange_DEEP_RECRYPT {
 		if done, err := v.arrived(m, c.Kind, key); err != nil {
 			return err
 		} else if done {
-			return v.record(id, true)
+			return v.record(id, true, m.info.Epoch)
 		}
 	}
-	// Epochs only grow, over decryptions too: the bundle remembers the last one.
-	target := vdisk.Target{Key: key, Epoch: max(m.recorded, m.info.Epoch) + 1}
+	target := v.target(m, key)
 	switch c.Kind {
 	case hostapi.CryptoChange_SHALLOW_RECRYPT:
 		err = d.ShallowRecrypt(ctx, key)
@@ -214,22 +228,47 @@ func (v *vm) changeDisk(ctx context.Context, id uuid.UUID, c *hostapi.CryptoChan
 		target = vdisk.Target{Kind: vdisk.Decrypting}
 	case hostapi.CryptoChange_ENCRYPT:
 		target.Kind = vdisk.Encrypting
-		if m.info.Conversion == vdisk.Encrypting {
-			target.Epoch = m.info.Epoch
-		}
 	case hostapi.CryptoChange_DEEP_RECRYPT:
 		target.Kind = vdisk.Recrypting
 	default:
 		return hostapi.Faultf(hostapi.Fault_NOT_SUPPORTED, "change %v is of a newer version: upgrade this host", c.Kind)
 	}
 	if err == nil && target.Kind != vdisk.NotConverting {
-		err = d.Convert(ctx, target, func(p vdisk.Progress) { progress(p.Done, p.Total) })
+		err = v.pacing.of(d, func() error { return d.Convert(ctx, target, progress) })
 	}
 	if err != nil {
 		return faultOf(err)
 	}
 	v.at("disk.done")
-	return v.record(id, c.Kind != hostapi.CryptoChange_DECRYPT)
+	return v.record(id, c.Kind != hostapi.CryptoChange_DECRYPT, d.Info().Epoch)
+}
+
+// take opens a disk of the VM, or uses the one that a guest has open, and says
+// what it is, proven by its MACs.
+func (v *vm) take(ctx context.Context, id uuid.UUID, open *vdisk.Disk) (m member, d *vdisk.Disk, done func(), err error) {
+	if m, err = v.member(id); err != nil {
+		return m, nil, nil, err
+	}
+	d, done = open, func() {}
+	if d == nil {
+		if d, err = v.openDisk(ctx, m, false); err != nil {
+			return m, nil, nil, err
+		}
+		done = func() { _ = d.Close() }
+	}
+	m.info = d.Info()
+	return m, d, done, nil
+}
+
+// target is what a conversion of a disk to key has besides its kind. Epochs only
+// grow, over decryptions and cancelled encryptions too: the bundle remembers the
+// last one. An encryption that was interrupted goes on with its own.
+func (v *vm) target(m member, key keysafe.KeyID) vdisk.Target {
+	t := vdisk.Target{Key: key, Epoch: max(m.recorded, m.info.Epoch) + 1}
+	if m.info.Conversion == vdisk.Encrypting {
+		t.Epoch = m.info.Epoch
+	}
+	return t
 }
 
 // arrived tells whether an earlier call with the same change came to its end and
@@ -273,29 +312,15 @@ func (v *vm) member(id uuid.UUID) (member, error) {
 }
 
 // record writes into the bundle whether a disk must be encrypted, and the epoch
-// that it has.
-func (v *vm) record(id uuid.UUID, encrypted bool) error {
-	return v.edit(func(f *vmxfile.File, b *keysafe.Bundle) error {
+// that it is proven to have, or to have had: one that was given up is not used
+// again.
+func (v *vm) record(id uuid.UUID, encrypted bool, epoch uint64) error {
+	return v.edit(func(_ *vmxfile.File, b *keysafe.Bundle) error {
 		if b == nil {
 			return nil // nothing is promised of a VM in clear
 		}
 		rec := b.Disks[id]
-		rec.Encrypted = encrypted
-		if encrypted {
-			slots, err := diskSlots(f)
-			if err != nil {
-				return err
-			}
-			for _, s := range slots {
-				p, err := diskPath(v.path, s.file)
-				if err != nil {
-					return err
-				}
-				if info, err := vdisk.Describe(p); err == nil && info.UUID == id {
-					rec.Epoch = max(rec.Epoch, info.Epoch)
-				}
-			}
-		}
+		rec.Encrypted, rec.Epoch = encrypted, max(rec.Epoch, epoch)
 		b.Disks[id] = rec
 		return nil
 	})
@@ -315,18 +340,11 @@ func (v *vm) addNewDisk(ctx context.Context, d *hostapi.NewDisk) error {
 // attachDisk enters a disk of the VM's folder that exists into VMX and bundle. An
 // encrypted one must open as a disk of this VM.
 func (v *vm) attachDisk(ctx context.Context, a *hostapi.AttachDisk) error {
-	file := filepath.Base(a.Path)
-	if filepath.Base(filepath.Dir(v.path)) != filepath.Base(filepath.Dir(a.Path)) {
-		return hostapi.Faultf(hostapi.Fault_NOT_SUPPORTED, "%s is not in the folder of %s: move it there first, or import it with 'mortise vm import'", a.Path, v.path)
-	}
-	path, err := diskPath(v.path, file)
+	info, err := v.attached(a)
 	if err != nil {
 		return err
 	}
-	info, err := vdisk.Describe(path)
-	if err != nil {
-		return faultOf(err)
-	}
+	path := info.Path
 	if _, err := v.member(info.UUID); err == nil {
 		return nil // an earlier call got here
 	}
@@ -350,8 +368,21 @@ func (v *vm) attachDisk(ctx context.Context, a *hostapi.AttachDisk) error {
 		if b != nil {
 			b.Disks[info.UUID] = keysafe.DiskRecord{Encrypted: info.Encrypted, Epoch: info.Epoch}
 		}
-		return addDisk(f, at, file)
+		return addDisk(f, at, filepath.Base(path))
 	})
+}
+
+// attached describes a disk that is to be attached.
+func (v *vm) attached(a *hostapi.AttachDisk) (vdisk.Info, error) {
+	if filepath.Base(filepath.Dir(v.path)) != filepath.Base(filepath.Dir(a.Path)) {
+		return vdisk.Info{}, hostapi.Faultf(hostapi.Fault_NOT_SUPPORTED, "%s is not in the folder of %s: move it there first, or import it with 'mortise vm import'", a.Path, v.path)
+	}
+	path, err := diskPath(v.path, filepath.Base(a.Path))
+	if err != nil {
+		return vdisk.Info{}, err
+	}
+	info, err := vdisk.Describe(path)
+	return info, faultOf(err)
 }
 
 // dropDisk takes a disk out of VMX and bundle, then deletes its files if asked.

@@ -218,6 +218,9 @@ func (v *vm) mountFiles(f *vmxfile.File, at string, cfg Config) (*vmfiles.View, 
 				return nil, err
 			}
 			err = v.edit(func(_ *vmxfile.File, b *keysafe.Bundle) error {
+				if b == nil { // decrypted under its guest
+					return fmt.Errorf("%s: %w", v.path, keysafe.ErrNotEncrypted)
+				}
 				kept, err := key.Clone()
 				if err != nil {
 					return err

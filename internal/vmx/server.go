@@ -207,16 +207,20 @@ func (s *server) Reconfigure(r *hostapi.VMXReconfigureRequest, stream hostapi.VM
 		live = s.open.disks
 	}
 	var last time.Time
-	tell := func(stage string, done, total int64) {
-		if now := time.Now(); total == 0 || done == total || now.Sub(last) > 200*time.Millisecond {
+	tell := func(stage string, p vdisk.Progress) {
+		if now := time.Now(); p.Total == 0 || p.Done == p.Total || now.Sub(last) > 200*time.Millisecond {
 			last = now
-			_ = stream.Send(&hostapi.Progress{Stage: stage, DoneBytes: done, TotalBytes: total}) // a caller that went away cancels the context
+			_ = stream.Send(&hostapi.Progress{Stage: stage, DoneBytes: p.Done, TotalBytes: p.Total, BytesPerSecond: int64(p.Rate), LeftSeconds: p.Left.Seconds(), Back: p.Back}) // a caller that went away cancels the context
 		}
+	}
+	change := s.vm.reconfigure
+	if r.Change.Undo {
+		change = s.vm.undo
 	}
 	ctx, done := s.whileOpen(stream.Context())
 	defer done()
 	defer s.vm.forget()
-	if err := s.vm.reconfigure(ctx, r.Change, live, tell); err != nil {
+	if err := change(ctx, r.Change, live, tell); err != nil {
 		if ctx.Err() != nil {
 			s.log.Info("a change was stopped at a durable point", "operation", r.Change.Header.GetOperationId())
 		}

@@ -27,6 +27,7 @@ type vm struct {
 	path   string    // of the VMX
 	at     func(step string)
 	id     uuid.UUID // written once, by whoever opens or creates the VM
+	pacing pacing
 
 	mu     sync.Mutex // protects what follows: the files' mount asks from its own goroutines
 	keks   keysafe.KEKSet

@@ -52,6 +52,7 @@ type lab struct {
 	vm   uuid.UUID
 	disk uuid.UUID
 	keks map[string][]byte
+	kill string // the step at which its processes kill themselves; see killAt
 }
 
 const diskSize = 24 << 20
@@ -104,6 +105,9 @@ func (l *lab) start() *proc {
 	})
 	p := &proc{cmd: exec.Command(os.Args[0], l.path, run), log: &bytes.Buffer{}, run: run, done: make(chan error, 1)}
 	p.cmd.Env = append(os.Environ(), actAsVMX+"=1", "GORACE=atexit_sleep_ms=0")
+	if l.kill != "" {
+		p.cmd.Env = append(p.cmd.Env, killAt+"="+l.kill)
+	}
 	p.cmd.Stderr = p.log
 	if err := p.cmd.Start(); err != nil {
 		l.Fatal(err)
