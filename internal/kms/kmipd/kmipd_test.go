@@ -14,7 +14,6 @@ import (
 	"log/slog"
 	"net"
 	"os"
-	"os/exec"
 	"path/filepath"
 	"slices"
 	"strings"
@@ -886,41 +885,5 @@ func TestManyClientsAtOnce(t *testing.T) {
 	l := do[*payloads.LocateResponsePayload](t, b.dial(t), 4, &payloads.LocateRequestPayload{})
 	if *l.LocatedItems != 200 {
 		t.Errorf("%d keys, want 200", *l.LocatedItems)
-	}
-}
-
-// TestPyKMIP drives the server with a client of other people's making.
-func TestPyKMIP(t *testing.T) {
-	const python = "/usr/bin/python3"
-	if err := exec.Command(python, "-c", "import kmip").Run(); err != nil {
-		if os.Getenv("CI") != "" {
-			t.Fatal("python3-pykmip is needed")
-		}
-		t.Skip("python3-pykmip is not installed")
-	}
-	b := serve(t, Options{})
-	dir := t.TempDir()
-	write := func(name string, pem []byte) string {
-		path := filepath.Join(dir, name)
-		if err := os.WriteFile(path, pem, 0o600); err != nil {
-			t.Fatal(err)
-		}
-		return path
-	}
-	pair := filepath.Join(dir, "client.pem")
-	if err := pki.SaveKeyPair(pair, []*x509.Certificate{b.client.Leaf}, b.client.PrivateKey.(crypto.Signer)); err != nil {
-		t.Fatal(err)
-	}
-	ca := write("ca.pem", pki.EncodeCertificates(b.server))
-	_, port, _ := net.SplitHostPort(b.addr)
-	for _, version := range []string{"1.0", "1.1", "1.2", "1.3", "1.4"} {
-		cmd := exec.CommandContext(t.Context(), python, "testdata/pykmip.py", port, pair, pair, ca, version)
-		out, err := cmd.CombinedOutput()
-		if err != nil {
-			t.Errorf("KMIP %s: %v\n%s", version, err, out)
-		}
-		if n := bytes.Count(out, []byte(" ok\n")); err == nil && n < 15 {
-			t.Errorf("KMIP %s: %d steps only\n%s", version, n, out)
-		}
 	}
 }
