@@ -196,7 +196,7 @@ func (b *bitmap) write(regions []int64, buf []byte) error {
 	return nil
 }
 
-// take away the units [from, to), durably, then from the live copy, then here. The
+// remove takes away the units [from, to), durably, then from the live copy, then here. The
 // caller has made sure that nobody writes them, and that the parent has them
 // durably: a bit that comes back, because the process was killed in here, shows
 // the same content.

@@ -491,7 +491,10 @@ func (d *Disk) leaf() error {
 		return err
 	}
 	for _, k := range kids {
-		if d.orphan(k) {
+		if filepath.Base(k.Name()) == d.desc.Receiving() && d.empty(k, false) {
+			continue // it was merged into this one: forgetMerged
+		}
+		if d.empty(k, true) {
 			if err := deleteIn(context.Background(), d.opts.fs, k.Name()); err != nil {
 				return err
 			}
@@ -502,9 +505,9 @@ func (d *Disk) leaf() error {
 	return nil
 }
 
-// orphan says whether a link is what a crash in the middle of Snapshot has left:
-// it was never opened and has nothing.
-func (d *Disk) orphan(desc *vmdk.Descriptor) bool {
+// empty says whether a link that stands on d has nothing; if fresh, also whether it
+// was never opened: what a crash in the middle of Snapshot leaves.
+func (d *Disk) empty(desc *vmdk.Descriptor, fresh bool) bool {
 	name, err := extentName(desc.Name(), desc)
 	if err != nil {
 		return false
@@ -514,7 +517,7 @@ func (d *Disk) orphan(desc *vmdk.Descriptor) bool {
 		return false
 	}
 	defer sf.f.Close()
-	empty := sf.cur.Load().opens == 0
+	empty := !fresh || sf.cur.Load().opens == 0
 	err = load(sf.f, bitmapOffset, d.end()/UnitSize, func(int64, int64) { empty = false })
 	return err == nil && empty
 }
@@ -536,11 +539,13 @@ func (c *Chain) forgetMerged() error {
 	return nil
 }
 
-// forget removes the link that was merged into d, and the mark that said so.
+// forget removes the link that was merged into d, down or up, and the mark that said
+// so.
 func (d *Disk) forget(name string) error {
 	path := filepath.Join(d.dir(), name)
-	if _, desc, err := loadDescriptor(d.opts.fs, path); err == nil && desc.IsDelta() && desc.Parent() == filepath.Base(d.path) {
-		if err := deleteIn(context.Background(), d.opts.fs, path); err != nil {
+	if _, desc, err := loadDescriptor(d.opts.fs, path); err == nil && desc.IsDelta() && (desc.Parent() == filepath.Base(d.path) || desc.Parent() == d.desc.Parent()) {
+		err := deleteIn(context.Background(), d.opts.fs, path)
+		if err != nil && !errors.Is(err, ErrChildren) && !errors.Is(err, ErrSealed) && !errors.Is(err, ErrInUse) { // others need it
 			return err
 		}
 	}

@@ -80,3 +80,29 @@ func (x *index) set(from, to int64, slot uint8) {
 		from += n
 	}
 }
+
+// move notes that one link has those units of [from, to) that another had.
+func (x *index) move(from, to int64, old, now uint8) {
+	for from < to {
+		slot, end := x.run(from, to)
+		if slot == old {
+			x.swap(from, end, old, now)
+		}
+		from = end
+	}
+}
+
+// swap changes the bytes that are old, unit by unit: a write may be claiming one of
+// them for the top just now.
+func (x *index) swap(from, to int64, old, now uint8) {
+	for ; from < to; from++ {
+		w := &x.leaves[from/leafUnits].Load()[from%leafUnits/unitsInWord]
+		shift := from % unitsInWord * 8
+		for {
+			v := w.Load()
+			if uint8(v>>shift) != old || w.CompareAndSwap(v, v&^(0xff<<shift)|uint64(now)<<shift) {
+				break
+			}
+		}
+	}
+}

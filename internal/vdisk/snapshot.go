@@ -108,7 +108,8 @@ func (c *Chain) putOn(d *Disk, commit func(string) error) error {
 	if c.index == nil {
 		c.index = newIndex(d.size)
 	}
-	c.links = append(c.links, d)
+	c.under = nil
+	c.links = append(slices.Clone(c.links), d)
 	d.slot = uint8(slices.Index(c.slots[:], nil))
 	c.slots[d.slot] = d
 	if !slices.Contains(c.held, parent) {
@@ -153,14 +154,17 @@ func (d *Disk) makeLink(ctx context.Context, path string, key keysafe.KeyID, epo
 	} else if filepath.Dir(path) != d.dir() {
 		return "", fmt.Errorf("%s: a snapshot link stands in the folder of its disk, %s", path, d.dir())
 	}
-	adapter, _ := d.desc.Get("ddb.adapterType")
-	id := d.desc.UUID()
+	d.mu.Lock()
+	desc := d.desc
+	d.mu.Unlock()
+	adapter, _ := desc.Get("ddb.adapterType")
+	id := desc.UUID()
 	if id == uuid.Nil {
 		return "", &Error{Kind: ErrUnsupported, File: d.path, Why: "it has no ddb.uuid, by which the links of a disk know each other", Fix: `import it with "mortise vm import"`}
 	}
 	return path, Create(ctx, path, Spec{
 		Size: d.size, UUID: id, Adapter: adapter, VM: d.opts.VM, Key: key, KEKs: d.opts.KEKs, Epoch: epoch, Random: d.opts.Random,
-		parent: filepath.Base(d.path), parentCID: d.desc.CID(), fs: d.opts.fs, at: d.opts.at,
+		parent: filepath.Base(d.path), parentCID: desc.CID(), fs: d.opts.fs, at: d.opts.at,
 	})
 }
 
