@@ -5,7 +5,6 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"iter"
 	"math"
 	"slices"
 	"strings"
@@ -19,9 +18,6 @@ import (
 	etcderrors "go.etcd.io/etcd/server/v3/etcdserver/errors"
 	"go.etcd.io/etcd/server/v3/storage/mvcc"
 )
-
-// loadPage is how many records one read of a load brings.
-const loadPage = 4096
 
 // maxBatch is how many events are applied in one go, at least.
 const maxBatch = 512
@@ -294,26 +290,4 @@ func (s *Store) rebuild(ctx context.Context) error {
 	}
 	s.cache.reach(at)
 	return nil
-}
-
-// pages reads the records under prefix as of revision, page by page.
-func (s *Store) pages(ctx context.Context, prefix string, revision int64) iter.Seq2[[]*mvccpb.KeyValue, error] {
-	return func(yield func([]*mvccpb.KeyValue, error) bool) {
-		end := []byte(clientv3.GetPrefixRangeEnd(prefix))
-		for from := []byte(prefix); ; {
-			r, err := s.etcd.Server.KV().Range(ctx, from, end, mvcc.RangeOptions{Rev: revision, Limit: loadPage + 1})
-			if errors.Is(err, mvcc.ErrCompacted) {
-				err = rpctypes.ErrCompacted
-			}
-			if err != nil {
-				yield(nil, err)
-				return
-			}
-			page := r.KVs[:min(len(r.KVs), loadPage)]
-			if !yield(page, nil) || len(r.KVs) <= loadPage {
-				return
-			}
-			from = r.KVs[loadPage].Key
-		}
-	}
 }

@@ -7,6 +7,7 @@ import (
 	"hash/maphash"
 	"iter"
 	"maps"
+	"runtime"
 	"slices"
 	"sync"
 
@@ -36,9 +37,12 @@ type index[T any] struct {
 	seed     maphash.Seed
 	free     *btree.FreeList[*row[T]]
 	all      *btree.BTree[*row[T]]
-	postings map[uint64]posting[T]
-	cloning  sync.Mutex // Clone writes to what it clones
+	postings [shards]map[uint64]posting[T] // by hash, each in its shard
+	cloning  sync.Mutex                    // Clone writes to what it clones
 }
+
+// shards is how many cores can build an index at once.
+const shards = 16
 
 // posting is the rows of one term. Most terms have one row, and no tree.
 type posting[T any] struct {
@@ -54,16 +58,26 @@ func newIndex[T any](terms func(T, func(string, []byte))) *index[T] {
 
 func (x *index[T]) reset() {
 	x.all = x.tree()
-	x.postings = map[uint64]posting[T]{}
+	for i := range x.postings {
+		x.postings[i] = map[uint64]posting[T]{}
+	}
 }
+
+// rowsOf is the rows of a term.
+func (x *index[T]) rowsOf(term uint64) posting[T] { return x.postings[term%shards][term] }
 
 func (x *index[T]) tree() *btree.BTree[*row[T]] {
 	return btree.NewWithFreeList(degree, older[T], x.free)
 }
 
 // older is the order of creation; what one transaction created goes by key.
-func older[T any](a, b *row[T]) bool {
-	return cmp.Or(cmp.Compare(a.created, b.created), cmp.Compare(a.key, b.key)) < 0
+func older[T any](a, b *row[T]) bool { return byAge(a, b) < 0 }
+
+func byAge[T any](a, b *row[T]) int {
+	if a.created != b.created {
+		return cmp.Compare(a.created, b.created)
+	}
+	return cmp.Compare(a.key, b.key)
 }
 
 func (x *index[T]) hash(kind string, value []byte) uint64 {
@@ -106,7 +120,7 @@ func (x *index[T]) replace(old, r *row[T]) {
 }
 
 func (x *index[T]) add(term uint64, r *row[T]) {
-	p := x.postings[term]
+	p := x.rowsOf(term)
 	switch {
 	case p.many != nil:
 		p.many.ReplaceOrInsert(r)
@@ -119,28 +133,45 @@ func (x *index[T]) add(term uint64, r *row[T]) {
 		p.many.ReplaceOrInsert(r)
 		p.one = nil
 	}
-	x.postings[term] = p
+	x.postings[term%shards][term] = p
 }
 
 func (x *index[T]) remove(term uint64, old *row[T]) {
-	p := x.postings[term]
+	p := x.rowsOf(term)
 	if p.many != nil {
 		p.many.Delete(old)
 	}
 	if p.one == old || p.many != nil && p.many.Len() == 0 {
-		delete(x.postings, term)
+		delete(x.postings[term%shards], term)
 	}
 }
 
-// of makes a new index of rows, as x would have it.
+// of makes a new index of rows, as x would have it. Each core takes some of the
+// shards, and one of them the order of all.
 func (x *index[T]) of(rows map[string]*row[T]) *index[T] {
 	fresh := newIndex(x.terms)
 	fresh.seed = x.seed // the rows' terms are hashed with it
-	for _, r := range slices.SortedFunc(maps.Values(rows), func(a, b *row[T]) int {
-		return cmp.Or(cmp.Compare(a.created, b.created), cmp.Compare(a.key, b.key))
-	}) {
-		fresh.replace(nil, r)
+	list := slices.AppendSeq(make([]*row[T], 0, len(rows)), maps.Values(rows))
+	slices.SortFunc(list, byAge)
+	var builders sync.WaitGroup
+	builders.Go(func() {
+		for _, r := range list {
+			fresh.all.ReplaceOrInsert(r)
+		}
+	})
+	n := uint64(min(runtime.GOMAXPROCS(0), shards))
+	for i := range n {
+		builders.Go(func() {
+			for _, r := range list {
+				for _, t := range r.terms {
+					if t%shards%n == i {
+						fresh.add(t, r)
+					}
+				}
+			}
+		})
 	}
+	builders.Wait()
 	return fresh
 }
 
@@ -164,7 +195,7 @@ func (c *Collection[T]) Find(ctx context.Context, terms ...IndexTerm) (Found[T],
 	x := c.index
 	best, n := posting[T]{many: x.all}, x.all.Len()
 	for _, t := range terms {
-		p := x.postings[x.hash(t.Kind, t.Value)]
+		p := x.rowsOf(x.hash(t.Kind, t.Value))
 		if m := p.len(); m < n {
 			best, n = p, m
 		}

@@ -32,7 +32,7 @@ func (c *Collection[T]) Count(term ...IndexTerm) int {
 	if len(term) == 0 {
 		return len(c.rows)
 	}
-	return c.index.postings[c.index.hash(term[0].Kind, term[0].Value)].len()
+	return c.index.rowsOf(c.index.hash(term[0].Kind, term[0].Value)).len()
 }
 
 // Cached returns the records that are not damaged as the cache has them, in no

@@ -100,11 +100,15 @@ func (c *Collection[T]) stage(pages iter.Seq2[[]*mvccpb.KeyValue, error]) (func(
 	if c.uncached {
 		return func() []string { return nil }, nil
 	}
+	many := c.s.count("/" + c.name + "/")
+	if many > largeLoad {
+		defer giveRoom(loadRoom)()
+	}
 	var (
 		work    = make(chan []*mvccpb.KeyValue, 1)
 		workers sync.WaitGroup
 		mu      sync.Mutex
-		rows    = map[string]*row[T]{}
+		rows    = make(map[string]*row[T], many)
 		failed  error
 	)
 	for range runtime.GOMAXPROCS(0) {

@@ -138,6 +138,7 @@ func (s *Store) start(ctx context.Context, cfg Config) error {
 	if err := id.alone(cfg.Dir, cfg.Single); err != nil {
 		return fmt.Errorf("store: %w", err)
 	}
+	defer startRoom(cfg.Dir)()
 	s.etcd, err = startEtcd(etcdConfig(cfg, id, s.log))
 	if err != nil {
 		return fmt.Errorf("store: starting etcd in %s: %w", cfg.Dir, err)
