@@ -207,7 +207,11 @@ func (d *Disk) start(t Target) error {
 	}()
 	if err != nil {
 		next.wipe()
-		if d.key == nil && d.state != nil {
+		if d.key == nil && d.state != nil && d.desc.IsDelta() {
+			if d.ext.dead.Load() == nil {
+				err = errors.Join(err, d.clearState())
+			}
+		} else if d.key == nil && d.state != nil {
 			err = errors.Join(err, d.state.f.Close())
 			d.setState(nil)
 			if d.ext.dead.Load() == nil { // the descriptor is surely still that of a disk in clear
@@ -262,6 +266,12 @@ func (d *Disk) descriptorWith(s *state, t Target, next *dataKey) (*vmdk.Descript
 // createState makes the state file of a disk that is about to be encrypted, and
 // the extent as long as its last unit needs.
 func (d *Disk) createState(s *state, next *dataKey) error {
+	if d.desc.IsDelta() { // it has one, for its bitmap
+		if err := d.state.reserve(); err != nil {
+			return err
+		}
+		return d.state.write(s, nil, next.mac())
+	}
 	if st, err := d.ext.f.Stat(); err != nil {
 		return err
 	} else if st.size < d.end() {
@@ -398,6 +408,13 @@ func (d *Disk) endInClear() error {
 	if err := d.save(desc); err != nil {
 		return err
 	}
+	if d.desc.IsDelta() {
+		if err := d.clearState(); err != nil {
+			return err
+		}
+		d.finish(nil)
+		return nil
+	}
 	sf := d.state
 	d.setState(nil)
 	d.finish(nil)
@@ -407,6 +424,18 @@ func (d *Disk) endInClear() error {
 		_ = d.ext.f.Truncate(d.size)
 	}
 	return errors.Join(sf.f.Close(), d.removeState())
+}
+
+// clearState records that a snapshot link, which keeps its state file, is in clear.
+func (d *Disk) clearState() error {
+	cur := d.state.cur.Load()
+	s := state{disk: cur.disk, size: cur.size, opens: cur.opens}
+	if err := d.state.write(&s, nil, nil); err != nil {
+		return d.stateWriteError(err)
+	}
+	d.at("convert.steady")
+	d.state.shrink()
+	return nil
 }
 
 // steady records that the whole extent has the new key and none other.
