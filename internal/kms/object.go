@@ -126,11 +126,12 @@ func (c objectCodec) Decode(at string, stored []byte) (*object, error) {
 	if err != nil {
 		return nil, fmt.Errorf("opening %s: %w", at, err)
 	}
-	defer clear(plain)
 	o, err := parseObject(plain)
 	if err != nil {
+		clear(plain)
 		return nil, fmt.Errorf("decoding %s: %w", at, err)
 	}
+	clear(plain[len(plain)-o.material:]) // the rest of plain is the object's
 	o.sealed = sealedFrom{at: at, stored: stored, opener: opener}
 	return o, nil
 }

@@ -1,7 +1,6 @@
 package kms
 
 import (
-	"bytes"
 	"encoding/binary"
 	"errors"
 	"fmt"
@@ -231,17 +230,20 @@ func (f *fields) attributes(n uint64, v *[]attribute) {
 			return
 		}
 		*v = make([]attribute, 0, count)
+		text := string(f.b) // the names are pieces of it
 		for range count {
 			index := f.uvarint()
 			value := f.take()
-			name, ok := nameIn(value)
+			end := len(text) - len(f.b)
+			size, ok := nameIn(value)
 			if f.err == nil && (index > 1<<31-1 || !ok) {
 				f.fail(errFields)
 			}
 			if f.err != nil {
 				return
 			}
-			*v = append(*v, attribute{Name: name, Index: int32(index), Value: value})
+			from := end - len(value) + nameAt
+			*v = append(*v, attribute{Name: kmip.AttributeName(text[from : from+size]), Index: int32(index), Value: value})
 		}
 	} else {
 		f.b = binary.AppendUvarint(f.b, uint64(len(*v)))
@@ -253,18 +255,18 @@ func (f *fields) attributes(n uint64, v *[]attribute) {
 	f.end()
 }
 
-// nameIn reads the name out of the TTLV of an attribute: 8 bytes that begin the
-// structure, then the name, the first field of it.
-func nameIn(value []byte) (kmip.AttributeName, bool) {
+// nameAt is where the name is in the TTLV of an attribute: behind the 8 bytes that
+// begin the structure and the 8 that begin the name, the first field of it.
+const nameAt = 16
+
+// nameIn tells how long the name is.
+func nameIn(value []byte) (size int, ok bool) {
 	const tag = uint32(kmip.TagAttributeName)<<8 | uint32(ttlv.TypeTextString)
-	if len(value) < 16 || binary.BigEndian.Uint32(value[8:]) != tag {
-		return "", false
+	if len(value) < nameAt || binary.BigEndian.Uint32(value[8:]) != tag {
+		return 0, false
 	}
 	n := binary.BigEndian.Uint32(value[12:])
-	if uint64(n) > uint64(len(value)-16) {
-		return "", false
-	}
-	return kmip.AttributeName(value[16 : 16+n]), true
+	return int(n), uint64(n) <= uint64(len(value)-nameAt)
 }
 
 // readFields reads all of b.
@@ -287,14 +289,15 @@ func appendObject(b []byte, o *object) []byte {
 	return append(b, f.b...)
 }
 
-// parseObject reads a record. The object does not refer to plain.
+// parseObject reads a record. The object refers to plain, but not to the material,
+// which is at its end.
 func parseObject(plain []byte) (*object, error) {
 	meta, material, err := split(plain)
 	if err != nil {
 		return nil, err
 	}
 	var o object
-	if err := readFields(bytes.Clone(meta), o.fields); err != nil {
+	if err := readFields(meta, o.fields); err != nil {
 		return nil, err
 	}
 	o.material = len(material)
