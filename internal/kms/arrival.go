@@ -67,5 +67,9 @@ func (a *Arrivals) Keep(ctx context.Context, id string, m Material, attributes [
 	} else {
 		m.Bytes.Wipe()
 	}
-	return s.End(ctx, kmip.OperationImport, id, err)
+	err = s.End(kmip.OperationImport, id, err)
+	if lost := s.Settle(ctx); lost != nil {
+		return lost
+	}
+	return err
 }

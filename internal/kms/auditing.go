@@ -39,7 +39,7 @@ type trail struct {
 
 // Begin is called before each operation of a session, End after it, with the
 // object that it was about and how it ended. What End returns is the client's
-// answer.
+// answer, which must not leave before [Session.Settle] has returned nil.
 func (s *Session) Begin(op kmip.Operation) error {
 	s.trail = trail{op: op}
 	if err := s.k.auditable(); err != nil {
@@ -48,8 +48,8 @@ func (s *Session) Begin(op kmip.Operation) error {
 	return s.allow(op)
 }
 
-// End ends what Begin began. It returns once the audit log has the operation.
-func (s *Session) End(ctx context.Context, op kmip.Operation, id string, err error) error {
+// End ends what Begin began, and orders its entry in the audit log.
+func (s *Session) End(op kmip.Operation, id string, err error) error {
 	err = s.inService(err)
 	audited := s.audited
 	s.trail = trail{}
@@ -57,16 +57,36 @@ func (s *Session) End(ctx context.Context, op kmip.Operation, id string, err err
 		return nil
 	}
 	e := s.entry(operationName(op), id, err)
-	if werr := s.k.writeEntry(ctx, &e, false); werr != nil {
-		return AsError(werr)
+	ticket, werr := s.k.journal.Append(&e, false)
+	if werr != nil {
+		return AsError(fmt.Errorf("kms: %w: %w", ErrAudit, werr))
 	}
+	s.unsettled = append(s.unsettled, ticket)
 	return err
+}
+
+// Unsettled is how many operations that End has ended wait for [Session.Settle]:
+// reads and refusals. What changes something has its entry in its transaction.
+func (s *Session) Unsettled() int { return len(s.unsettled) }
+
+// Settle returns once the audit log has all of them on its disk: one wait for a
+// message, whatever its batch. If it fails, what they have read must not leave.
+func (s *Session) Settle(ctx context.Context) error {
+	list := s.unsettled
+	s.unsettled = nil
+	for _, ticket := range list { // most, if not all, are of one write
+		if err := ticket.Wait(ctx); err != nil {
+			return AsError(fmt.Errorf("kms: %w: %w", ErrAudit, err))
+		}
+	}
+	return nil
 }
 
 // commit is how a session writes: in one transaction with all that belongs to
 // the change, its audit entries among it.
 func (s *Session) commit(ctx context.Context, ops ...store.Op) error {
 	s.synced = false
+	s.k.awaitDrain(ctx)
 	if err := s.k.auditable(); err != nil {
 		return err
 	}
@@ -156,6 +176,18 @@ func (k *KMS) auditable() error {
 	return nil
 }
 
+// awaitDrain lets a change wait when more entries come than the log takes, before
+// it would be refused.
+func (k *KMS) awaitDrain(ctx context.Context) {
+	for until := time.Now().Add(drainPatience); k.queue.Len() > maxBacklog/2 && time.Now().Before(until); {
+		select {
+		case <-time.After(flushEvery):
+		case <-ctx.Done():
+			return
+		}
+	}
+}
+
 // writeEntry returns once the entry is on the disk.
 func (k *KMS) writeEntry(ctx context.Context, e *audit.Entry, reserved bool) error {
 	ticket, err := k.journal.Append(e, reserved)
@@ -220,14 +252,17 @@ func (k *KMS) stranger(inst *instance, cert *x509.Certificate, from string, err 
 
 // acts is put into the context of an administrator's call, and knows whether
 // what it did is audited already.
-type acts struct{ audited bool }
+type acts struct {
+	by      Actor
+	audited bool
+}
 
 type actsKey struct{}
 
 // WithActs returns a context for one call of an administrator, that
 // [KMS.EndCall] ends.
-func WithActs(ctx context.Context) context.Context {
-	return context.WithValue(ctx, actsKey{}, &acts{})
+func WithActs(ctx context.Context, by Actor) context.Context {
+	return context.WithValue(ctx, actsKey{}, &acts{by: by})
 }
 
 // EndCall audits a call of the administration API that succeeded without a
@@ -247,25 +282,51 @@ func (k *KMS) EndCall(ctx context.Context, by Actor, instance, operation, object
 // all that belongs to it. inst is nil for what concerns the whole server;
 // subject is what the act is about, such as a fingerprint.
 func (k *KMS) commitAs(ctx context.Context, by Actor, inst *instance, act, subject string, ops ...store.Op) error {
-	if err := k.auditable(); err != nil {
-		return err
-	}
-	name := ""
-	if inst != nil {
-		name = inst.id
-	}
-	e := k.entry(by, name, act, subject, nil)
-	ops = append(ops, k.enqueue(&e))
-	var err error
-	if inst != nil {
-		_, err = k.commitSealed(ctx, inst, ops...)
-	} else {
-		_, err = k.store.Commit(ctx, ops...)
-	}
+	_, err := k.commitEntry(ctx, inst, k.entry(by, inst.name(), act, subject, nil), ops...)
 	if a, ok := ctx.Value(actsKey{}).(*acts); ok && err == nil {
 		a.audited = true
 	}
 	return err
+}
+
+// CommitAct makes an act of who keeps records of their own in the KMS's store,
+// such as the list of members, in one transaction with its audit entry. Who does
+// it is the administrator whose call ctx is of, or else the server itself.
+func (k *KMS) CommitAct(ctx context.Context, act, subject string, ops ...store.Op) error {
+	by := Actor{Kind: "server", Name: k.member}
+	if a, ok := ctx.Value(actsKey{}).(*acts); ok {
+		by = a.by
+	}
+	return k.commitAs(ctx, by, nil, act, subject, ops...)
+}
+
+// commitByDate is how the server itself changes an object, because its time has
+// come, whoever asked for it. It returns the revision. detail is a word on what
+// became of the object.
+func (k *KMS) commitByDate(ctx context.Context, inst *instance, act, object, detail string, ops ...store.Op) (int64, error) {
+	e := k.entry(Actor{Kind: "server", Name: k.member}, inst.id, act, object, nil)
+	e.Detail = detail
+	return k.commitEntry(ctx, inst, e, ops...)
+}
+
+func (k *KMS) commitEntry(ctx context.Context, inst *instance, e audit.Entry, ops ...store.Op) (int64, error) {
+	k.awaitDrain(ctx)
+	if err := k.auditable(); err != nil {
+		return 0, err
+	}
+	ops = append(ops, k.enqueue(&e))
+	if inst != nil {
+		return k.commitSealed(ctx, inst, ops...)
+	}
+	return k.store.Commit(ctx, ops...)
+}
+
+// name is the instance's id; nil is the whole server.
+func (i *instance) name() string {
+	if i == nil {
+		return ""
+	}
+	return i.id
 }
 
 // Act audits what an administrator, or the server itself, is about to do outside

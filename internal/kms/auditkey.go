@@ -62,7 +62,11 @@ func (k *KMS) auditInstance() *instance {
 }
 
 func (k *KMS) sealedAt(instance string) []byte {
-	return []byte("/audit-key-" + instance + "/" + k.member)
+	return auditKeyAt(instance, k.member)
+}
+
+func auditKeyAt(instance, member string) []byte {
+	return []byte("/audit-key-" + instance + "/" + member)
 }
 
 func (k *KMS) openAuditKey(ctx context.Context, inst *instance) error {
@@ -72,7 +76,10 @@ func (k *KMS) openAuditKey(ctx context.Context, inst *instance) error {
 			return err
 		}
 		// A write of this member's own, given up when it was stopped, was made
-		// after all.
+		// after all; or the instance's key is being changed.
+		if err := k.refresh(ctx, inst); err != nil {
+			return err
+		}
 	}
 }
 
@@ -105,25 +112,70 @@ func (k *KMS) sealAuditKey(ctx context.Context, inst *instance) error {
 	}
 	key := ed25519.NewKeyFromSeed(seed)
 	r.Public, r.Instance = audit.Hex(key.Public().(ed25519.PublicKey)), inst.id
-	if r.Sealed, err = inst.Seal(seed, k.sealedAt(inst.id)); err != nil {
+	keys := inst.keys.Load()
+	if r.Sealed, err = keys.newest.Seal(seed, k.sealedAt(inst.id)); err != nil {
 		return fmt.Errorf("kms: sealing it: %w", err)
 	}
 	op := k.auditKeys.Update(k.member, e.Revision, r)
 	if e.Revision == 0 {
 		op = k.auditKeys.Create(k.member, r)
 	}
+	ops := []store.Op{op, k.sealing.Unchanged(inst.id, keys.sealing)}
 	if fresh {
 		// Who reads the log learns of the key from the log too.
 		note := k.entry(Actor{Kind: "server", Name: k.member}, "", "New Audit Key", r.Public.String(), nil)
-		_, err = k.store.Commit(ctx, op, k.enqueue(&note))
-	} else {
-		_, err = k.store.Commit(ctx, op)
+		ops = append(ops, k.enqueue(&note))
 	}
-	if err != nil {
+	if _, err = k.store.Commit(ctx, ops...); err != nil {
 		return fmt.Errorf("kms: keeping it: %w", err)
 	}
 	k.journal.SetKey(key)
 	return nil
+}
+
+// resealAuditKeys seals the signing keys of all members that an older generation
+// of the instance's key has sealed by the one that seals now, before the older
+// ones are dropped. None comes back: sealAuditKey compares what seals.
+func (k *KMS) resealAuditKeys(ctx context.Context, inst *instance, guard store.Op) error {
+	keys := inst.keys.Load()
+	entries, err := k.auditKeys.List(ctx, "")
+	if err != nil && !errors.Is(err, store.ErrDamaged) {
+		return err
+	}
+	for _, e := range entries {
+		for {
+			err := k.resealAuditKey(ctx, inst, keys, e, guard)
+			if err == nil {
+				break
+			}
+			if !gone(err) {
+				return fmt.Errorf("re-sealing the signing key of the audit log of %s: %w", e.Key, err)
+			}
+			if e, err = k.auditKeys.Get(ctx, e.Key); err != nil { // its member was faster
+				return err
+			}
+		}
+	}
+	return nil
+}
+
+func (k *KMS) resealAuditKey(ctx context.Context, inst *instance, keys *keyset, e store.Entry[auditKey], guard store.Op) error {
+	r, at := e.Value, auditKeyAt(inst.id, e.Key)
+	if g, ok := generationOf(r.Sealed); r.Instance != inst.id || !ok || g == keys.newest.generation {
+		return nil
+	}
+	seed, err := inst.Open(r.Sealed, at)
+	if err != nil {
+		// Nobody can use it; its member makes another, and says so in its log.
+		k.log.Error("kms: the signing key of an audit log does not open", "member", e.Key, "key", r.Public.String(), "error", err)
+		return nil
+	}
+	defer clear(seed)
+	if r.Sealed, err = keys.newest.Seal(seed, at); err != nil {
+		return err
+	}
+	_, err = k.store.Commit(ctx, k.auditKeys.Update(e.Key, e.Revision, r), k.sealing.Unchanged(inst.id, keys.sealing), guard)
+	return err
 }
 
 // opened returns an open instance, nil if it is not.

@@ -35,7 +35,10 @@ func (f *AuditFilter) has(e *audit.Entry) bool {
 
 // flushWait is how long an export waits for the changes that were acknowledged
 // before it.
-const flushWait = 5 * time.Second
+const (
+	flushWait  = 5 * time.Second
+	flushEvery = 10 * time.Millisecond // between two looks
+)
 
 // flush returns when the log has what was acknowledged before.
 func (k *KMS) flush(ctx context.Context) {
@@ -47,7 +50,7 @@ func (k *KMS) flush(ctx context.Context) {
 	for k.queue.Len() > 0 && ctx.Err() == nil {
 		select {
 		case <-ctx.Done():
-		case <-time.After(gather):
+		case <-time.After(flushEvery):
 		}
 	}
 }

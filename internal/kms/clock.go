@@ -227,7 +227,7 @@ func (k *KMS) Clock() *Clock { return k.clock }
 
 // ConfirmClock makes this machine's clock cluster time, after a jump that was
 // right, or to end one that was not. Dates between are acted upon from then on.
-func (k *KMS) ConfirmClock(ctx context.Context) (time.Time, error) {
+func (k *KMS) ConfirmClock(ctx context.Context, by Actor) (time.Time, error) {
 	for {
 		e, err := k.clocks.Get(ctx, clockKey)
 		if err != nil && !errors.Is(err, store.ErrNotFound) {
@@ -238,14 +238,14 @@ func (k *KMS) ConfirmClock(ctx context.Context) (time.Time, error) {
 		if e.Revision == 0 {
 			op = k.clocks.Create(clockKey, clockRecord{now, 1})
 		}
-		_, err = k.store.Commit(ctx, op)
+		err = k.commitAs(ctx, by, nil, "clock confirm", now.Format(time.RFC3339), op)
 		if errors.Is(err, store.ErrConflict) || errors.Is(err, store.ErrExists) {
 			continue // the sweeper wrote it down just now
 		}
 		if err != nil {
 			return time.Time{}, fmt.Errorf("kms: confirming the clock: %w", err)
 		}
-		k.log.Warn("kms: an administrator confirmed the clock", "time", now)
+		k.log.Warn("kms: an administrator confirmed the clock", "time", now, "by", by.Name)
 		return now, k.lookAtClock(ctx)
 	}
 }

@@ -6,6 +6,7 @@ import (
 
 	"github.com/ovh/kmip-go"
 
+	"mortise/internal/kms/audit"
 	"mortise/internal/secret"
 	"mortise/internal/store"
 )
@@ -15,15 +16,16 @@ import (
 // committed before it was made, its own writes, and perhaps more. It is for one
 // goroutine. All its errors are an *[Error].
 type Session struct {
-	k        *KMS
-	inst     *instance
-	quota    Quota
-	synced   bool   // the cache holds all that this session must see
-	revision int64  // of the last write
-	done     []step // all writes, for Undo
-	trail           // of the operation under way
-	Actor           // who the client is
-	presumed        // what it has not asked
+	k         *KMS
+	inst      *instance
+	quota     Quota
+	synced    bool           // the cache holds all that this session must see
+	revision  int64          // of the last write
+	done      []step         // all writes, for Undo
+	trail                    // of the operation under way
+	unsettled []audit.Ticket // of operations that have ended
+	Actor                    // who the client is
+	presumed                 // what it has not asked
 }
 
 // Material is an object as Register takes it and Get gives it.

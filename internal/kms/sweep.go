@@ -19,7 +19,8 @@ const sweepEvery = time.Minute
 // come, the state that it brings is committed first, so that all members agree on
 // it from then on. Every read of an object goes through it. What cannot be
 // decided, because a jump of the clock lies between, or cannot be committed, is
-// refused: a key that may be past its date is not served as if it were not.
+// refused: a key that may be past its date is not served as if it were not. The
+// change has an audit entry of its own, by the server.
 func (k *KMS) settle(ctx context.Context, i *instance, e store.Entry[*object]) (store.Entry[*object], error) {
 	for {
 		earliest, latest := k.clock.Bounds()
@@ -33,7 +34,7 @@ func (k *KMS) settle(ctx context.Context, i *instance, e store.Entry[*object]) (
 		if err := k.clock.Err(); err != nil {
 			return e, err
 		}
-		rev, err := k.commitSealed(ctx, i, i.objects.Update(e.Key, e.Revision, now))
+		rev, err := k.commitByDate(ctx, i, "state by date", e.Key, stateName(now.State), i.objects.Update(e.Key, e.Revision, now))
 		if err == nil {
 			k.log.Info("kms: object changed by date", "instance", i.id, "object", e.Key, "state", stateName(now.State))
 			e.Value, e.Revision = now, rev
@@ -105,7 +106,7 @@ func (k *KMS) sweepInstance(ctx context.Context, i *instance) error {
 		if !o.purge(earliest) {
 			continue
 		}
-		if _, err := k.commitSealed(ctx, i, i.objects.Update(e.Key, e.Revision, &o)); err != nil {
+		if _, err := k.commitByDate(ctx, i, "purge", e.Key, "", i.objects.Update(e.Key, e.Revision, &o)); err != nil {
 			if errors.Is(err, store.ErrConflict) || errors.Is(err, store.ErrNotFound) {
 				continue // a client was faster; the next sweep sees to it
 			}

@@ -43,7 +43,7 @@ func memberRows() []row {
 			return c.KMS.Clock().Status(), nil
 		}),
 		act(http.MethodPost, "/v1/clock/confirm", kms.RoleAdministrator, "Make this machine's clock the cluster's time after a jump", func(c *call) (kms.ClockStatus, error) {
-			if _, err := c.KMS.ConfirmClock(c); err != nil {
+			if _, err := c.KMS.ConfirmClock(c, c.actor); err != nil {
 				return kms.ClockStatus{}, err
 			}
 			return c.KMS.Clock().Status(), nil

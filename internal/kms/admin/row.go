@@ -236,7 +236,7 @@ func (s *Server) serveRow(r row, socket bool) http.Handler {
 				a.failWith(err)
 				return
 			}
-			c.Context = kms.WithActs(c.Context)
+			c.Context = kms.WithActs(c.Context, c.actor)
 		}
 		var v any
 		var err error

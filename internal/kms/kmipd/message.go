@@ -133,7 +133,14 @@ func (r *reply) handle(ctx context.Context, open sessionOpener, msg []byte) (kee
 		r.fail(kms.AsError(err))
 		return false
 	}
-	r.run(&call{Context: ctx, session: session, s: r.s, reply: r}, batch, header.BatchErrorContinuationOption)
+	c := &call{Context: ctx, session: session, s: r.s, reply: r}
+	logged := r.run(c, batch, header.BatchErrorContinuationOption)
+	if err := c.settle(); err != nil {
+		r.s.log.Error("kmip: a message is not in the audit log", "client", session.Name, "from", r.from, "error", err)
+		for _, i := range logged {
+			r.message.BatchItem[i] = failed(r.message.BatchItem[i], err)
+		}
+	}
 	return true
 }
 
@@ -159,14 +166,19 @@ func onlyMakes(batch []item) bool {
 // after it are not answered. Where the store does not answer, none is, unless an
 // earlier item has changed something: a client that asked again elsewhere would
 // change it twice, so it is told how far its batch has come.
-func (r *reply) run(c *call, batch []item, onError kmip.BatchErrorContinuationOption) {
+//
+// logged are the answers that must not leave before the audit log has them.
+func (r *reply) run(c *call, batch []item, onError kmip.BatchErrorContinuationOption) (logged []int) {
 	for _, it := range batch {
-		begun := time.Now()
+		begun, before := time.Now(), c.session.Unsettled()
 		answer, err := c.do(it)
 		c.answered(begun, &answer)
 		if errors.Is(err, store.ErrUnavailable) && !c.session.Changed() {
 			r.drop(err)
-			return
+			return nil
+		}
+		if c.session.Unsettled() > before {
+			logged = append(logged, len(r.message.BatchItem))
 		}
 		r.message.BatchItem = append(r.message.BatchItem, answer)
 		if answer.ResultStatus == kmip.ResultStatusSuccess {
@@ -179,8 +191,9 @@ func (r *reply) run(c *call, batch []item, onError kmip.BatchErrorContinuationOp
 		case kmip.BatchErrorContinuationOptionUndo:
 			r.undo(c)
 		}
-		return
+		return logged
 	}
+	return logged
 }
 
 // undo takes back what the items before the last one have done. What cannot be

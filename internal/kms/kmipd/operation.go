@@ -145,7 +145,7 @@ func (c *call) do(it item) (answer kmip.ResponseBatchItem, err error) {
 	if err == nil {
 		result, err = op.run(c, payload.raw)
 	}
-	if err = c.end(op.code, c.object, err); err != nil {
+	if err = c.session.End(op.code, c.object, err); err != nil {
 		e := kms.AsError(err)
 		log := c.s.log.Info
 		if e.Reason == kmip.ResultReasonGeneralFailure || e.Reason == kmip.ResultReasonCryptographicFailure {
@@ -162,23 +162,24 @@ func (c *call) do(it item) (answer kmip.ResponseBatchItem, err error) {
 // refused answers an item that does not come to be an operation. The audit log
 // has it as any other.
 func (c *call) refused(answer kmip.ResponseBatchItem, err error) (kmip.ResponseBatchItem, error) {
-	err = c.end(answer.Operation, "", err)
+	err = c.session.End(answer.Operation, "", err)
 	return failed(answer, err), err
 }
 
-// auditTimeout is how long an operation whose time has run out may wait for its
-// entry in the audit log.
+// auditTimeout is how long a message whose time has run out may wait for its
+// entries in the audit log.
 const auditTimeout = 5 * time.Second
 
-// end brings an operation into the audit log, also one whose time has run out.
-func (c *call) end(op kmip.Operation, object string, err error) error {
+// settle waits until the audit log has the message, also one whose time has run
+// out.
+func (c *call) settle() error {
 	ctx := c.Context
 	if ctx.Err() != nil {
 		var cancel context.CancelFunc
 		ctx, cancel = context.WithTimeout(context.WithoutCancel(ctx), auditTimeout)
 		defer cancel()
 	}
-	return c.session.End(ctx, op, object, err)
+	return c.session.Settle(ctx)
 }
 
 // changed logs what a client did to an object.
