@@ -523,6 +523,7 @@ func TestKilled(t *testing.T) {
 				job := k.finish()
 				keys.check(t, k.session())
 				keys.add(t, k.session(), 1)
+				eventually(t, "after a kill", k.settled)
 				if kind != jobRotateCRK {
 					if n := k.stale(job.To); n != 0 {
 						t.Errorf("kill at %q: %d records are not sealed by generation %d", steps[max(kill-1, 0)], n, job.To)
