@@ -119,7 +119,7 @@ func (b *kmsBench) fill(ctx context.Context, from, to int) error {
 					_, err = s.Create(ctx, kmip.ObjectTypeSymmetricKey, append(slices.Clone(createRequest().TemplateAttribute.Attribute), keyName(i),
 						custom("x-Product_Version", "8.0.3 build-24022515"), custom("x-Vendor", "VMware, Inc."), custom("x-Product", "VMware vSphere"),
 						custom("x-Identifier", fmt.Sprintf("host-%07d", i))))
-					err = s.End(ctx, kmip.OperationCreate, "", err)
+					err = s.End(kmip.OperationCreate, "", err) // the entry is in the transaction
 				}
 				if err != nil {
 					err = fmt.Errorf("making key %d: %w", i, err)
