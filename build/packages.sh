@@ -14,6 +14,7 @@ run=(
 )
 test=(
 	iproute2 iptables util-linux # members of a key server in network namespaces
+	xfsprogs                    # file systems on loop devices
 	libvirt-clients openssl gcc libc6-dev binutils
 	# root keys: a token, its tool, a TPM in software
 	softhsm2 opensc swtpm

@@ -252,30 +252,3 @@ is checked before anything is sent: it names the CA that center must show.
 	_ = cmd.MarkFlagRequired("center")
 	return cmd
 }
-
-func hostDatastore() *cobra.Command {
-	cmd := &cobra.Command{Use: "datastore", Short: "Prepare folders that hold VMs"}
-	var d host.Datastore
-	initCmd := &cobra.Command{
-		Use:   "init",
-		Short: "Make a mounted folder a datastore",
-		Long: `Writes a marker file into the folder. Every host that mounts the same storage
-recognises it by the marker, and none ever writes into the empty mount point
-while the storage is away. Running it again changes nothing.`,
-		Example: `  mortise host datastore init --name ds1 --path /srv/ds1`,
-		Args:    cobra.NoArgs,
-		RunE: func(cmd *cobra.Command, _ []string) error {
-			if err := host.InitDatastore(d); err != nil {
-				return err
-			}
-			fmt.Fprintf(cmd.OutOrStdout(), "%s is datastore %s.\n", d.Path, d.Name)
-			return nil
-		},
-	}
-	initCmd.Flags().StringVar(&d.Name, "name", "", "name of the datastore, the same on every host")
-	initCmd.Flags().StringVar(&d.Path, "path", "", "the folder")
-	_ = initCmd.MarkFlagRequired("name")
-	_ = initCmd.MarkFlagRequired("path")
-	cmd.AddCommand(initCmd)
-	return cmd
-}

@@ -50,6 +50,8 @@ type Agent struct {
 	ctx     context.Context // ends with Stop; for what outlives a request
 	stop    context.CancelFunc
 	running sync.WaitGroup
+
+	storage storageChecks
 }
 
 // Start makes an agent and takes over what an earlier one left running: its vmx
@@ -79,6 +81,7 @@ func Start(ctx context.Context, cfg Config) (*Agent, error) {
 		return nil, err
 	}
 	a.spawn(a.followGuests)
+	a.spawn(func() { a.probeDatastores(a.ctx) })
 	return a, nil
 }
 

@@ -1,6 +1,7 @@
 package host
 
 import (
+	"context"
 	"crypto/rand"
 	"encoding/json"
 	"errors"
@@ -16,6 +17,7 @@ import (
 
 	"mortise/internal/atomicfile"
 	"mortise/internal/hostapi"
+	"mortise/internal/storage"
 )
 
 // A Datastore is a folder that this host mounts (E5). Two hosts that mount the
@@ -35,13 +37,22 @@ type marker struct {
 	Name    string `json:"name"`
 }
 
-// InitDatastore makes the folder a datastore by writing its marker. One that
-// has a marker keeps it.
+// InitDatastore makes the folder a datastore by writing its marker, if its storage
+// may hold disks (E5). One that has a marker keeps it.
 func InitDatastore(d Datastore) error {
 	if _, err := d.marker(); err == nil {
 		return nil
 	} else if !errors.Is(err, fs.ErrNotExist) {
 		return err
+	}
+	ctx, cancel := context.WithTimeout(context.Background(), probeLimit)
+	defer cancel()
+	report, err := storage.Probe(ctx, d.Path)
+	if err == nil {
+		err = report.Err()
+	}
+	if err != nil {
+		return fmt.Errorf("making %s a datastore: %w", d.Path, err)
 	}
 	m := marker{Version: 1, UUID: newUUID(), Name: d.Name}
 	text, err := json.MarshalIndent(m, "", "  ")

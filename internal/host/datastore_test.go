@@ -1,10 +1,15 @@
 package host
 
 import (
+	"errors"
+	"log/slog"
 	"os"
+	"os/exec"
 	"path/filepath"
 	"strings"
 	"testing"
+
+	"mortise/internal/hostapi"
 )
 
 func TestDatastoreResolve(t *testing.T) {
@@ -65,5 +70,45 @@ func TestDatastoreMarkerDamaged(t *testing.T) {
 		if d.info().Problem == "" {
 			t.Errorf("marker %q: no problem is shown", text)
 		}
+	}
+}
+
+// A folder whose storage would lose disks is not made a datastore, and if it was
+// one already, no disk and no guest comes there.
+func TestUnsafeStorage(t *testing.T) {
+	d := Datastore{Name: "ds1", Path: t.TempDir()}
+	if err := InitDatastore(d); err != nil {
+		t.Fatal(err)
+	}
+	marker, err := os.ReadFile(filepath.Join(d.Path, markerFile))
+	if err != nil {
+		t.Fatal(err)
+	}
+	a := &Agent{cfg: Config{Datastores: []Datastore{d}}, log: slog.New(slog.DiscardHandler)}
+	if err := a.storageFor(t.Context(), "ds1", []*hostapi.NewDisk{{CapacityBytes: 1 << 30}}); err != nil {
+		t.Errorf("good storage: %v", err)
+	}
+	if err := a.storageFor(t.Context(), "ds1", []*hostapi.NewDisk{{CapacityBytes: 1 << 62}}); err == nil || !strings.Contains(err.Error(), "smaller") {
+		t.Errorf("a disk that cannot be: %v", err)
+	}
+	if out, err := exec.Command("mount", "-t", "tmpfs", "none", d.Path).CombinedOutput(); err != nil {
+		t.Skipf("mount: %s", out)
+	}
+	t.Cleanup(func() { _ = exec.Command("umount", d.Path).Run() })
+	if err := InitDatastore(d); err == nil || !strings.Contains(err.Error(), "power cut") {
+		t.Errorf("a folder in memory: %v", err)
+	}
+	if _, err := os.Stat(filepath.Join(d.Path, markerFile)); !errors.Is(err, os.ErrNotExist) {
+		t.Error("it was marked all the same")
+	}
+	if err := os.WriteFile(filepath.Join(d.Path, markerFile), marker, 0o644); err != nil {
+		t.Fatal(err)
+	}
+	// Other storage is mounted there now: what was found out before does not count.
+	if err := a.storageFor(t.Context(), "ds1", nil); err == nil || !strings.Contains(err.Error(), "in memory") {
+		t.Errorf("storage that was exchanged: %v", err)
+	}
+	if _, err := d.resolve("web1/web1.vmx"); err != nil {
+		t.Errorf("a VM there cannot even be stopped: %v", err)
 	}
 }

@@ -98,6 +98,9 @@ func (s *Server) CreateVM(ctx context.Context, r *hostapi.CreateVMRequest) (*hos
 	if err := m.mustBeOff("create"); err != nil {
 		return nil, err
 	}
+	if err := s.agent.storageFor(ctx, r.Datastore, r.Disks); err != nil {
+		return nil, err
+	}
 	if err := makeFolder(filepath.Dir(path)); err != nil {
 		return nil, err
 	}
@@ -234,6 +237,11 @@ func (s *Server) reconfigure(r *hostapi.ReconfigureVMRequest, stream hostapi.Hos
 			return nil, hostapi.Faultf(hostapi.Fault_NOT_SUPPORTED, "disk [%s] %s is not in the folder of [%s] %s: move it there first, or import it with 'mortise vm import'", d.Datastore, d.Path, r.Ref.Datastore, r.Ref.Path)
 		}
 	}
+	if len(r.AddDisks) > 0 {
+		if err := s.agent.storageFor(stream.Context(), r.Ref.Datastore, r.AddDisks); err != nil {
+			return nil, err
+		}
+	}
 	var more []keysafe.KeyID
 	add := func(id *hostapi.KeyID) {
 		if id != nil {
@@ -289,6 +297,9 @@ func (s *Server) PowerOn(ctx context.Context, r *hostapi.PowerRequest) (*hostapi
 		return nil, err
 	}
 	defer end()
+	if err := s.agent.storageFor(ctx, r.Ref.GetDatastore(), nil); err != nil {
+		return nil, err
+	}
 	if err := m.powerOn(ctx, path); err != nil {
 		return nil, err
 	}
