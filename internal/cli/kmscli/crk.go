@@ -42,7 +42,12 @@ func crkList(g *connection) *cobra.Command {
 	cmd := &cobra.Command{
 		Use:   "ls",
 		Short: "List the CRKs",
-		Args:  cobra.NoArgs,
+		Long: `Lists the CRKs with their states: making and unused (no instance is under it yet),
+active, retired (kept for backups of its time), destroying (some member still has it),
+destroyed. An orphan is a root key at this member's provider that the key server has
+no record of: another key server's, if the two share a token, or left behind by an
+interrupted start of an old release. If nobody needs it: mortise kms crk delete ID.`,
+		Args: cobra.NoArgs,
 		RunE: g.run(func(ctx context.Context, v *verb, _ []string) error {
 			list, err := v.CRKs(ctx, instance)
 			if err != nil {
@@ -50,14 +55,25 @@ func crkList(g *connection) *cobra.Command {
 			}
 			return v.show(list, func() {
 				var rows [][]string
+				orphans := 0
 				for _, c := range list {
 					state := string(c.State)
+					if c.State == kms.CRKOrphan {
+						orphans++
+					}
+					use := c.Instance
+					if c.Use != "" {
+						use = "(" + c.Use + ")"
+					}
 					if len(c.Waiting) > 0 {
 						state += ", waits for " + strings.Join(c.Waiting, " ")
 					}
-					rows = append(rows, []string{c.ID, c.Instance, state, c.Provider, date(c.Created), c.CheckValue})
+					rows = append(rows, []string{c.ID, use, state, c.Provider, date(c.Created), c.CheckValue})
 				}
 				v.table("ID INSTANCE STATE PROVIDER CREATED CHECK-VALUE", rows)
+				if orphans > 0 {
+					v.say("An orphan is in no record of this key server. If no other key server uses this provider, remove it: mortise kms crk delete ID")
+				}
 			})
 		}),
 	}

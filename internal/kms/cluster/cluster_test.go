@@ -6,7 +6,9 @@ import (
 	"fmt"
 	"log/slog"
 	"net"
+	"os"
 	"path/filepath"
+	"slices"
 	"strings"
 	"sync"
 	"testing"
@@ -15,6 +17,7 @@ import (
 	"mortise/internal/kms"
 	"mortise/internal/pki"
 	"mortise/internal/rootkey"
+	"mortise/internal/rootkey/rootkeytest"
 	"mortise/internal/secret"
 	"mortise/internal/store"
 )
@@ -466,4 +469,83 @@ func FuzzToken(f *testing.F) {
 			t.Errorf("what was read is not what is written: %v", err)
 		}
 	})
+}
+
+// TestManyRootKeys: a member that comes gets all root keys, and later those that
+// it lacks, however many there are and whoever has them.
+func TestManyRootKeys(t *testing.T) {
+	dir := t.TempDir()
+	ctx := t.Context()
+	a := must(begin(t, Options{Dir: filepath.Join(dir, "a"), Address: freePort(t)}))
+	if err := a.unlock(false); err != nil {
+		t.Fatal(err)
+	}
+	const many = rootkey.MaxShare + 50
+	// Made in memory: a file that is synced for each takes its time.
+	quick, err := os.MkdirTemp("/dev/shm", "mortise-test-")
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer os.RemoveAll(quick)
+	from, err := rootkeytest.Keyring(quick)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer from.Close()
+	for range many {
+		if _, err := rootkeytest.NewCRK(ctx, from); err != nil {
+			t.Fatal(err)
+		}
+	}
+	for ids := range slices.Chunk(from.InFile(), rootkey.MaxShare) {
+		share, err := from.Share(ctx, ids)
+		if err == nil {
+			err = a.ring.Adopt(ctx, share)
+			share.Wipe()
+		}
+		if err != nil {
+			t.Fatal(err)
+		}
+	}
+	all := a.ring.InFile()
+	join := func(name string) *part {
+		t.Helper()
+		token, err := a.node.Invite(ctx, name, 0)
+		if err != nil {
+			t.Fatal(err)
+		}
+		p := must(begin(t, Options{Dir: filepath.Join(dir, name), Token: token.Text(), Address: freePort(t)}))
+		if err := p.unlock(true); err != nil {
+			t.Fatal(err)
+		}
+		eventually(t, name+" votes", func() bool { return votes(a.status(name)) })
+		return p
+	}
+	b := join("kms-2")
+	if got := b.ring.InFile(); !slices.Equal(got, all) || len(got) <= many {
+		t.Errorf("it has %d root keys of %d", len(got), len(all))
+	}
+	c := join("kms-3")
+	// What one member alone has is found there, whoever is asked first.
+	var lacks []string
+	for _, p := range []*part{a, b} {
+		for range 3 {
+			id, err := rootkeytest.NewCRK(ctx, p.ring)
+			if err != nil {
+				t.Fatal(err)
+			}
+			lacks = append(lacks, id)
+		}
+	}
+	if err := c.node.FetchKeys(ctx, c.ring, lacks...); err != nil {
+		t.Fatal(err)
+	}
+	for _, id := range lacks {
+		if !slices.Contains(c.ring.InFile(), id) {
+			t.Errorf("root key %s has not come", id)
+		}
+	}
+	if err := c.node.FetchKeys(ctx, c.ring, rootkeytest.NewID()); err != nil {
+		t.Errorf("asking for one that is nowhere: %v", err)
+	}
 }
