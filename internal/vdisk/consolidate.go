@@ -107,8 +107,8 @@ func (m *merge) direction() (down bool, err error) {
 	switch {
 	case !m.parent.desc.IsDelta():
 		noUp = "its parent is the base, which has no parent that could take its place"
-	case !m.c.own(m.link):
-		noUp = "it is another VM's"
+	case !m.c.own(m.parent):
+		noUp = "its parent is another VM's"
 	case m.link.desc.Sealed() == sealedForClones:
 		noUp = sealedForClones
 	case m.parent.desc.Receiving() == name:
@@ -156,35 +156,11 @@ func (d *Disk) units() (n int64, err error) {
 	return n, err
 }
 
-// hold makes links exclusive for as long as the merge runs, let shares them again.
+// hold makes links exclusive for as long as the merge runs.
 func (m *merge) hold(ds ...*Disk) error {
 	m.c.shape.Lock()
 	defer m.c.shape.Unlock()
-	for _, d := range ds {
-		if err := d.promote(); err != nil {
-			return errors.Join(err, m.release())
-		}
-		m.c.held = append(m.c.held, d)
-	}
-	return nil
-}
-
-func (m *merge) let() error {
-	m.c.shape.Lock()
-	defer m.c.shape.Unlock()
-	return m.release()
-}
-
-// release is let; the caller holds shape.
-func (m *merge) release() error {
-	var err error
-	for _, d := range m.c.held {
-		if slices.Contains(m.c.links, d) && d != m.c.top() && !d.opts.ReadOnly {
-			err = errors.Join(err, d.demote())
-		}
-	}
-	m.c.held = nil
-	return err
+	return m.c.hold(ds...)
 }
 
 // down moves the link's units into its parent, piece by piece: copy, make that
@@ -196,7 +172,7 @@ func (m *merge) down(ctx context.Context) (err error) {
 	if err := m.hold(m.parent, m.link); err != nil {
 		return err
 	}
-	defer func() { err = errors.Join(err, m.let()) }()
+	defer func() { err = errors.Join(err, m.c.letGo()) }()
 	if name := filepath.Base(m.link.path); m.parent.desc.Receiving() != name || m.parent.desc.Sealed() != "" {
 		err := m.parent.edit(func(desc *vmdk.Descriptor) {
 			desc.SetReceiving(name)
@@ -212,7 +188,15 @@ func (m *merge) down(ctx context.Context) (err error) {
 			m.c.under = m.parent
 		}
 	})
-	defer m.c.change(func() { m.c.under, m.c.frozen = nil, span{} })
+	defer func() {
+		m.c.change(func() {
+			// The next flush no longer looks at what the guest has written to the parent.
+			if m.c.under != nil {
+				err = errors.Join(err, m.c.flush())
+			}
+			m.c.under, m.c.frozen = nil, span{}
+		})
+	}()
 	if m.total, err = m.link.units(); err != nil {
 		return err
 	}
@@ -241,6 +225,9 @@ func (m *merge) move(from int64, buf []byte) (int64, error) {
 	end := from + mergeUnits
 	if live {
 		end = from + mergeUnitsLive
+	}
+	if c.opts.piece > 0 {
+		end = from + c.opts.piece
 	}
 	end = min(end, m.link.end()/UnitSize)
 	if live {
@@ -386,7 +373,7 @@ func (m *merge) up(ctx context.Context) (err error) {
 	if err := m.hold(m.link); err != nil {
 		return err
 	}
-	defer func() { err = errors.Join(err, m.let()) }()
+	defer func() { err = errors.Join(err, m.c.letGo()) }()
 	var runs []span
 	err = m.parent.eachRun(func(from, to int64) {
 		runs = append(runs, span{from, to})
@@ -396,7 +383,10 @@ func (m *merge) up(ctx context.Context) (err error) {
 		return err
 	}
 	m.link.at("merge.begun")
-	const piece = 64 // units: how long a guest's write to a unit that the link lacks may wait
+	piece := int64(64) // units: how long a guest's write to a unit that the link lacks may wait
+	if m.c.opts.piece > 0 {
+		piece = m.c.opts.piece
+	}
 	buf := make([]byte, piece*UnitSize)
 	for _, r := range runs {
 		for u := r.off; u < r.end; {
@@ -409,9 +399,8 @@ func (m *merge) up(ctx context.Context) (err error) {
 			}
 			m.done += end - u
 			u = end
-			if m.done%mergeUnits < piece {
-				m.tell()
-			}
+			m.link.at("merge.lifted")
+			m.tell()
 		}
 	}
 	m.link.at("merge.copied")
@@ -444,6 +433,17 @@ func (m *merge) lift(from, to int64, buf []byte) error {
 	return nil
 }
 
+// sealBelow seals what the parent stands on, if the parent stays because others
+// stand on it: then both stand there.
+func (m *merge) sealBelow() error {
+	below := m.c.links[slices.Index(m.c.links, m.parent)-1]
+	kids, err := children(m.c.opts.fs, m.parent.path)
+	if err != nil || len(kids) < 2 && m.parent.desc.Sealed() != sealedForClones || !m.c.own(below) {
+		return err
+	}
+	return below.seal(sealedForLinks)
+}
+
 // endUp makes the link stand on what its parent stands on. The parent's files go,
 // unless others need them.
 func (m *merge) endUp() error {
@@ -451,6 +451,9 @@ func (m *merge) endUp() error {
 	c.shape.Lock()
 	defer c.shape.Unlock()
 	name := filepath.Base(m.parent.path)
+	if err := m.sealBelow(); err != nil {
+		return fmt.Errorf("ending the consolidation of %s: %w", m.link.path, err)
+	}
 	err := m.link.edit(func(desc *vmdk.Descriptor) {
 		_ = desc.SetParent(m.parent.desc.Parent(), m.parent.desc.ParentCID()) // one that was parsed
 		desc.SetReceiving(name)

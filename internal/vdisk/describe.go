@@ -15,6 +15,8 @@ import (
 type Info struct {
 	Path      string    // of the descriptor
 	Extent    string    // path of the extent
+	Parent    string    // what the descriptor calls the link that it stands on; "" for a base
+	Sealed    string    // why the link is not changed any more; "" if it may be
 	UUID      uuid.UUID // zero when a foreign descriptor has none
 	VM        uuid.UUID // that the key safe is bound to, as the descriptor says; zero when it does not
 	Size      int64     // of the disk, bytes
@@ -65,7 +67,7 @@ func describeIn(fsys fsys, path string) (Info, error) {
 }
 
 func describe(path string, desc *vmdk.Descriptor) Info {
-	i := Info{Path: path, UUID: desc.UUID(), VM: recordedVM(desc), Size: desc.Size(), Extent: filepath.Join(filepath.Dir(path), desc.Extents()[0].File)}
+	i := Info{Path: path, UUID: desc.UUID(), VM: recordedVM(desc), Size: desc.Size(), Parent: desc.Parent(), Sealed: desc.Sealed(), Extent: filepath.Join(filepath.Dir(path), desc.Extents()[0].File)}
 	if enc, ok := desc.Encryption(); ok {
 		i.Encrypted, i.Cipher, i.Epoch = true, enc.Cipher, enc.Epoch
 		i.Keys, i.TargetKeys = enc.KeySafe.KeyIDs(), enc.Target.KeyIDs()

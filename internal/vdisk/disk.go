@@ -56,6 +56,7 @@ type Options struct {
 	link   bool         // it may be a snapshot link: a chain opens it
 	parent bool         // of a link that is open: its lock is shared
 	zone   int64        // bytes of a conversion's hot zone; 0: zoneSize
+	piece  int64        // units that a merge moves at once; 0: mergeUnits or mergeUnitsLive
 	fs     fsys         // nil: the operating system's
 	at     func(string) // called at every persistence step; nil: not
 }

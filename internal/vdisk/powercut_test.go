@@ -9,6 +9,7 @@ import (
 	"os"
 	"path/filepath"
 	"slices"
+	"strings"
 	"sync"
 )
 
@@ -34,6 +35,10 @@ type powerFS struct {
 	// lie makes the Sync of files of which it is true do nothing: a bug put in
 	// on purpose. "." asks about folders.
 	lie func(name string) bool
+
+	// Other bugs: a kill takes live bitmaps too; only the newest
+	// link is seen in its folder.
+	forgetful, childless bool
 }
 
 // An entry is a name and the files that it may have after a power cut: those of
@@ -75,7 +80,7 @@ func (p *powerFS) reboot(powerCut bool) {
 	p.crashed, p.left = false, -1
 	for _, name := range slices.Sorted(maps.Keys(p.names)) { // sorted: a seed repeats
 		e := p.names[name]
-		if powerCut && filepath.Dir(name) == powerLive {
+		if (powerCut || p.forgetful) && filepath.Dir(name) == powerLive {
 			delete(p.names, name)
 			continue
 		}
@@ -133,6 +138,16 @@ func (p *powerFS) List(dir string) (names []string, err error) {
 		if e.now != nil && filepath.Dir(name) == dir {
 			names = append(names, filepath.Base(name))
 		}
+	}
+	if p.childless {
+		slices.Sort(names)
+		newest := "" // of the links: enough for the next one's name
+		for _, n := range names {
+			if m := numbered.FindString(n); m != "" {
+				newest = strings.TrimSuffix(m, ".vmdk")
+			}
+		}
+		names = slices.DeleteFunc(names, func(n string) bool { return strings.HasPrefix(n, "vm-0") && !strings.HasPrefix(n, newest) })
 	}
 	return names, p.up()
 }
