@@ -1,12 +1,13 @@
 // Package cli is Mortise's client verbs: login, provider, policy, host, vm, task
-// and key. Every verb is a client of the vSphere API that center serves (package
+// and key; and disk, which needs no center. Every other verb is a client of the vSphere API that center serves (package
 // vimapi), through govmomi, as any other client of it is; what vSphere has no
 // call for goes through the types of vimapi/vimext.
 //
 // Place in the flow: level 4; cmd/mortise adds the verbs to its root command.
 // The package imports govmomi, vimapi/vimext, the readers of formats that an
 // import meets (vmxfile, vmdk, keysafe) and the client of a KMS's admin socket;
-// never center or a host. One file holds one group of verbs.
+// never center or a host. The verbs of disk, in the files disk*.go, are the data path
+// alone (vdisk, nbd) with keys from files or a KMIP server (provider/standard). One file holds one group of verbs.
 //
 // What a verb prints for people goes to standard output as text, progress and
 // questions to standard error; with --json standard output is one JSON value.
@@ -31,7 +32,7 @@ const GroupID = "client"
 // the verbs of that role, the client's are added to it.
 func Add(root *cobra.Command) {
 	all := []*cobra.Command{
-		loginCommand(), logoutCommand(), providerCommand(), policyCommand(), vmCommand(), taskCommand(), keyCommand(),
+		loginCommand(), logoutCommand(), providerCommand(), policyCommand(), vmCommand(), taskCommand(), keyCommand(), diskCommand(),
 	}
 	hosts := hostVerbs()
 	host := child(root, "host")

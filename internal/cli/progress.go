@@ -16,6 +16,10 @@ type state struct {
 	percent     float64
 	done, total int64 // bytes
 	stage       string
+
+	// Known better than by watching done, where holes are passed in no time; else zero.
+	rate float64 // bytes per second
+	left time.Duration
 }
 
 func (s state) fraction() float64 {
@@ -138,6 +142,8 @@ func (p *progress) text() string {
 			if d := p.now().Sub(p.begun); d >= time.Second {
 				t += fmt.Sprintf(", %s/s", size(int64(float64(s.total)/d.Seconds())))
 			}
+		} else if s.rate > 0 {
+			t += fmt.Sprintf(", %s/s, %s left", size(int64(s.rate)), short(s.left))
 		} else if rate := p.rate.perSecond(); rate > 0 {
 			left := time.Duration(float64(s.total-s.done) / rate * float64(time.Second))
 			t += fmt.Sprintf(", %s/s, %s left", size(int64(rate)), short(left))
