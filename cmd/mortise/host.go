@@ -30,6 +30,7 @@ type hostConfig struct {
 	LibvirtSocket string           `toml:"libvirt_socket"`
 	QEMUUser      string           `toml:"qemu_user"`
 	Datastores    []host.Datastore `toml:"datastore"`
+	Convert       host.Conversions `toml:"conversions"`
 	logFlags
 }
 
@@ -68,7 +69,13 @@ A configuration file (TOML) may say what the flags say:
   listen = ":8446"
   [[datastore]]
   name = "ds1"
-  path = "/srv/ds1"`,
+  path = "/srv/ds1"
+
+It also says how many disks are converted at once; the others wait their turn:
+
+  [conversions]
+  per_host = 2
+  per_datastore = 1`,
 		Example: `  mortise host serve --datastore ds1=/srv/ds1
   mortise host serve --config /etc/mortise/host.toml`,
 		Args: cobra.NoArgs,
@@ -96,6 +103,8 @@ A configuration file (TOML) may say what the flags say:
 	f.StringVar(&cfg.LibvirtSocket, "libvirt-socket", domain.DefaultSocket, "libvirtd's socket")
 	f.StringVar(&cfg.QEMUUser, "qemu-user", "libvirt-qemu", "user that libvirt runs QEMU as (user in /etc/libvirt/qemu.conf)")
 	f.StringArrayVar(&stores, "datastore", nil, "NAME=PATH of a datastore; repeat for more")
+	f.IntVar(&cfg.Convert.PerHost, "conversions-per-host", 2, "disks of VMs that are converted at once on this host")
+	f.IntVar(&cfg.Convert.PerDatastore, "conversions-per-datastore", 1, "and of those, on one datastore")
 	f.BoolVar(&isDev, "dev", false, "")
 	_ = f.MarkHidden("dev")
 	cfg.logFlags.bind(f)
@@ -121,6 +130,9 @@ func addDatastores(cfg *hostConfig, stores []string) error {
 }
 
 func serveHost(ctx context.Context, cfg hostConfig, token string) error {
+	if c := cfg.Convert; c.PerHost < 1 || c.PerDatastore < 1 {
+		return fmt.Errorf("--conversions-per-host %d, --conversions-per-datastore %d: both are 1 or more, or no VM could be converted", c.PerHost, c.PerDatastore)
+	}
 	if err := secret.LockDown(); err != nil {
 		return err
 	}
@@ -161,7 +173,7 @@ func serveHost(ctx context.Context, cfg hostConfig, token string) error {
 	agent, err := host.Start(ctx, host.Config{
 		Name: member.Name, UUID: uuid, Version: version, RunDir: cfg.RunDir, Datastores: cfg.Datastores,
 		Executable: self, VMXArgs: []string{"vmx", "--log-format", cfg.Format, "--log-level", cfg.Level},
-		QEMUUID: uid, QEMUGID: gid, Guests: guests, Logger: log, Now: time.Now,
+		QEMUUID: uid, QEMUGID: gid, Guests: guests, Convert: cfg.Convert, Logger: log, Now: time.Now,
 	})
 	if err != nil {
 		return err

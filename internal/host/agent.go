@@ -29,6 +29,7 @@ type Config struct {
 	QEMUUID    int      // of the user that libvirt runs QEMU as; 0: root
 	QEMUGID    int
 	Guests     Guests
+	Convert    Conversions
 	Logger     *slog.Logger
 	Now        func() time.Time
 }
@@ -36,10 +37,11 @@ type Config struct {
 // An Agent is the host's half of center: it holds keys, opens VMs, runs guests.
 // Its methods may be called concurrently.
 type Agent struct {
-	cfg  Config
-	log  *slog.Logger
-	keys *keyCache
-	lock *os.File // of the run folder
+	cfg   Config
+	log   *slog.Logger
+	keys  *keyCache
+	turns *turns   // of conversions
+	lock  *os.File // of the run folder
 
 	mu       sync.Mutex // protects what follows
 	machines map[string]*machine
@@ -70,7 +72,7 @@ func Start(ctx context.Context, cfg Config) (*Agent, error) {
 	}
 	a := &Agent{
 		lock: lock,
-		cfg:  cfg, log: cfg.Logger, keys: newKeyCache(cfg.Now), ctx: ctx, stop: stop,
+		cfg:  cfg, log: cfg.Logger, keys: newKeyCache(cfg.Now), turns: newTurns(cfg.Name, cfg.Convert), ctx: ctx, stop: stop,
 		machines: map[string]*machine{}, watchers: map[chan *hostapi.HostEvent]bool{},
 	}
 	if a.term, err = readTerm(cfg.RunDir); err == nil {

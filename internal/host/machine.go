@@ -53,6 +53,7 @@ type machine struct {
 	waits   string // what for, in words
 	failed  string // a disk failed for good: the guest is never resumed (design §4 Failure)
 	missing []keysafe.KeyID
+	job     *job // the change that runs or waits; nil: none
 
 	// lostNVRAM says that a vmx died under an EFI guest: QEMU's open file of the
 	// firmware's variables is dead until the guest's next start (doc/threat-model.md).
@@ -213,12 +214,16 @@ func (m *machine) withProcess(ctx context.Context, path string, f func(context.C
 	return p.explain(f(ctx, p))
 }
 
-// explain gives an error its cause when that is the vmx's death.
+// explain gives an error its cause when that is the vmx's death. Busy is what the VM
+// is then: whoever asks again finds it with its next vmx.
 func (p *process) explain(err error) error {
-	if status.Code(err) != codes.Unavailable {
+	switch code := status.Code(err); {
+	case code == codes.Unavailable:
+	case code == codes.Canceled && !p.alive(): // supervise has closed the connection already
+	default:
 		return err
 	}
-	return fmt.Errorf("the vmx ended in the middle; nothing is lost, do it again: %s", status.Convert(err).Message())
+	return hostapi.Faultf(hostapi.Fault_BUSY, "the vmx ended in the middle; nothing is lost, do it again: %s", status.Convert(err).Message())
 }
 
 // start runs a vmx for the VM.

@@ -3,7 +3,6 @@ package host
 import (
 	"context"
 	"fmt"
-	"io"
 	"os"
 	"path/filepath"
 	"slices"
@@ -214,80 +213,6 @@ func (s *Server) complete(m *machine, ref *hostapi.VMRef, path string, info *hos
 		}
 	}
 	return info, nil
-}
-
-// ReconfigureVM implements hostapi.HostServer.
-func (s *Server) ReconfigureVM(r *hostapi.ReconfigureVMRequest, stream hostapi.Host_ReconfigureVMServer) error {
-	result, err := s.reconfigure(r, stream)
-	if err != nil {
-		return err
-	}
-	// Sent when the VM is free for the next command.
-	return stream.Send(&hostapi.Progress{Stage: "done", Result: result})
-}
-
-func (s *Server) reconfigure(r *hostapi.ReconfigureVMRequest, stream hostapi.Host_ReconfigureVMServer) (result *hostapi.VMInfo, err error) {
-	m, path, end, err := s.operate(r.Header, r.Ref)
-	if err != nil {
-		return nil, err
-	}
-	defer end()
-	for _, d := range r.AttachDisks {
-		if d.Datastore != "" && d.Datastore != r.Ref.Datastore || filepath.Dir(d.Path) != filepath.Dir(r.Ref.Path) {
-			return nil, hostapi.Faultf(hostapi.Fault_NOT_SUPPORTED, "disk [%s] %s is not in the folder of [%s] %s: move it there first, or import it with 'mortise vm import'", d.Datastore, d.Path, r.Ref.Datastore, r.Ref.Path)
-		}
-	}
-	if len(r.AddDisks) > 0 {
-		if err := s.agent.storageFor(stream.Context(), r.Ref.Datastore, r.AddDisks); err != nil {
-			return nil, err
-		}
-	}
-	var more []keysafe.KeyID
-	add := func(id *hostapi.KeyID) {
-		if id != nil {
-			more = append(more, fromWire(id))
-		}
-	}
-	add(r.Home.GetKey())
-	for _, d := range r.Disks {
-		add(d.Change.GetKey())
-	}
-	for _, d := range r.AddDisks {
-		add(d.KeyId)
-	}
-	keys, err := m.keysFor(path, more...)
-	if err != nil {
-		return nil, err
-	}
-	defer clearKeys(keys)
-	err = m.withProcess(stream.Context(), path, func(ctx context.Context, p *process) error {
-		updates, err := p.Reconfigure(ctx, &hostapi.VMXReconfigureRequest{Change: r, Keys: keys})
-		if err != nil {
-			return err
-		}
-		for {
-			u, err := updates.Recv()
-			if err == io.EOF {
-				return nil
-			}
-			if err != nil {
-				return err
-			}
-			if result = u.Result; result != nil {
-				continue
-			}
-			if err := stream.Send(u); err != nil {
-				return err
-			}
-		}
-	})
-	if err != nil {
-		return nil, err
-	}
-	if result == nil {
-		return nil, fmt.Errorf("vmx ended without a result; see the VM's log")
-	}
-	return s.finish(m, r.Ref, path, result)
 }
 
 // PowerOn implements hostapi.HostServer.
