@@ -100,9 +100,8 @@ func (o *object) open() (*secret.Key, error) {
 type objectCodec struct{ *instance }
 
 func (c objectCodec) Encode(at string, o *object) ([]byte, error) {
-	// Room for all of it, so that no copy of the material is left behind.
-	plain := appendObject(make([]byte, 0, 1024+o.material), o)
-	if cap(plain)-len(plain) < o.material {
+	plain := appendObject(make([]byte, 0, 256+o.material), o)
+	if cap(plain)-len(plain) < o.material { // so that no copy of the material is left behind
 		plain = append(make([]byte, 0, len(plain)+o.material), plain...)
 	}
 	if o.material > 0 {

@@ -282,7 +282,7 @@ func readFields(b []byte, walk func(*fields)) error {
 
 // appendObject appends the record of o without its material.
 func appendObject(b []byte, o *object) []byte {
-	f := fields{b: make([]byte, 0, 512)}
+	f := fields{b: make([]byte, 0, 256)}
 	o.fields(&f)
 	b = append(b, recordVersion)
 	b = binary.AppendUvarint(b, uint64(len(f.b)))

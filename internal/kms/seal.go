@@ -7,7 +7,6 @@ import (
 	"encoding/binary"
 	"errors"
 	"fmt"
-	"slices"
 	"strings"
 
 	"mortise/internal/secret"
@@ -129,7 +128,7 @@ func (k *KMS) commitSealed(ctx context.Context, i *instance, ops ...store.Op) (i
 			return 0, fmt.Errorf("kms: %s was sealed before the instance key changed: %w", o.Name(), store.ErrConflict)
 		}
 	}
-	rev, err := k.store.Commit(ctx, append(slices.Clip(ops), k.sealing.Unchanged(i.id, keys.sealing))...)
+	rev, err := k.store.Commit(ctx, append(ops, k.sealing.Unchanged(i.id, keys.sealing))...)
 	if errors.Is(err, store.ErrConflict) || errors.Is(err, store.ErrExists) {
 		// Perhaps that was the sealing record: who tries again needs the new one.
 		if fresh := k.refresh(ctx, i); fresh != nil {

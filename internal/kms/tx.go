@@ -25,11 +25,15 @@ type tx struct {
 	steps []step
 }
 
+// usualOps is room for the operations of a transaction, with its conditions and
+// its audit entry.
+const usualOps = 8
+
 // transact runs f and commits what it put into t, again from the start when
 // somebody else was faster. So f may run several times.
 func (s *Session) transact(ctx context.Context, f func(t *tx) error) error {
 	for {
-		t := &tx{s: s, ctx: ctx, now: s.now(), freed: map[string]bool{}, taken: map[string]string{}}
+		t := &tx{s: s, ctx: ctx, now: s.now(), ops: make([]store.Op, 0, usualOps), freed: map[string]bool{}, taken: map[string]string{}}
 		if err := f(t); err != nil {
 			return AsError(err)
 		}

@@ -108,10 +108,10 @@ func twice(before []Op, at string, seen map[string]bool) bool {
 func (o *Op) compare() *pb.Compare {
 	key := []byte(o.at)
 	switch o.need {
-	case mustNotExist:
-		return &pb.Compare{Key: key, Target: pb.Compare_CREATE, Result: pb.Compare_EQUAL, TargetUnion: &pb.Compare_CreateRevision{}}
+	case mustNotExist: // etcd takes what a target lacks for 0
+		return &pb.Compare{Key: key, Target: pb.Compare_CREATE, Result: pb.Compare_EQUAL}
 	case mustExist:
-		return &pb.Compare{Key: key, Target: pb.Compare_CREATE, Result: pb.Compare_GREATER, TargetUnion: &pb.Compare_CreateRevision{}}
+		return &pb.Compare{Key: key, Target: pb.Compare_CREATE, Result: pb.Compare_GREATER}
 	case mustBeAt:
 		return &pb.Compare{Key: key, Target: pb.Compare_MOD, Result: pb.Compare_EQUAL, TargetUnion: &pb.Compare_ModRevision{ModRevision: o.rev}}
 	}

@@ -3,6 +3,7 @@ package store
 import (
 	"cmp"
 	"context"
+	"encoding/binary"
 	"errors"
 	"fmt"
 	"slices"
@@ -51,26 +52,26 @@ const (
 // A change is a Commit under way.
 type change struct {
 	ops      []Op
-	bytes    int
+	bytes    int           // of all that it sends
+	items    int           // of what it adds to queues
 	done     chan struct{} // closed when revision and err are set
 	revision int64
 	err      error
 }
 
+// newChange keeps a copy: who has given up may use ops again, while they are
+// still on their way.
 func newChange(ops []Op) *change {
-	c := &change{ops: ops, done: make(chan struct{})}
+	c := &change{ops: slices.Clone(ops), done: make(chan struct{})}
 	for i := range ops {
-		c.bytes += ops[i].bytes()
+		o := &ops[i]
+		c.bytes += 2*len(o.at) + len(o.op.GetRequestPut().GetValue()) + 2*opCost
+		if o.item != nil {
+			c.items += len(o.item.key) + len(o.item.value) + 2*binary.MaxVarintLen32
+		}
 	}
+	c.bytes += c.items
 	return c
-}
-
-func (o *Op) bytes() int {
-	n := 2*len(o.at) + len(o.op.GetRequestPut().GetValue()) + 2*opCost
-	if o.item != nil {
-		n += len(o.item.key) + len(o.item.value)
-	}
-	return n
 }
 
 func (c *change) tell(revision int64, err error) {
@@ -137,7 +138,7 @@ func (g *gathering) take() []*change {
 		return group
 	}
 	var group, rest []*change
-	claims, ops, bytes := claims{}, 0, 0
+	claims, ops, bytes := make(claims, 2*len(g.waiting)), 0, 0
 	for _, c := range g.waiting {
 		fits := len(group) == 0 || ops+len(c.ops) <= maxOps && bytes+c.bytes <= maxGroup
 		if !fits || !claims.take(c.ops) {
@@ -192,11 +193,15 @@ func request(group []*change) *pb.TxnRequest {
 		compared = make(map[string]bool, n)
 	}
 	var added []itemRecord
+	items := 0 // bytes
+	for _, c := range group {
+		items += c.items
+	}
 	for _, c := range group {
 		for i := range c.ops {
 			o := &c.ops[i]
 			if o.item != nil {
-				added = o.item.addTo(added, o.at)
+				added = o.item.addTo(added, o.at, items)
 				continue
 			}
 			if needs := o.compare(); needs != nil && !compared[o.at] {

@@ -86,11 +86,12 @@ type itemRecord struct {
 	put  *pb.PutRequest
 }
 
-// addTo adds the item to the record for its queue, or begins that, at the name at.
-func (i *queued) addTo(records []itemRecord, at string) []itemRecord {
+// addTo adds the item to the record for its queue, or begins that, at the name at
+// and with room for so many bytes.
+func (i *queued) addTo(records []itemRecord, at string, room int) []itemRecord {
 	n := slices.IndexFunc(records, func(r itemRecord) bool { return r.part == i.part })
 	if n < 0 {
-		n, records = len(records), append(records, itemRecord{i.part, &pb.PutRequest{Key: []byte(at), Value: []byte{itemsFormat}}})
+		n, records = len(records), append(records, itemRecord{i.part, &pb.PutRequest{Key: []byte(at), Value: append(make([]byte, 0, 1+room), itemsFormat)}})
 	}
 	put := records[n].put
 	put.Value = appendItem(put.Value, i.key, i.value)
@@ -275,7 +276,7 @@ func (q *Queue) stage(pages iter.Seq2[[]*mvccpb.KeyValue, error]) (func() []stri
 
 // Record names what the operation is about, and whether it makes it.
 func (o Op) Record() (collection, key string, creates bool) {
-	collection, key, _ = split([]byte(o.at))
+	collection, key, _ = strings.Cut(o.at[1:], "/")
 	return collection, key, o.need == mustNotExist
 }
 

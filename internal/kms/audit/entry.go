@@ -5,6 +5,7 @@ import (
 	"encoding/binary"
 	"errors"
 	"fmt"
+	"slices"
 	"strings"
 	"time"
 	"unicode/utf8"
@@ -38,7 +39,11 @@ func (e *Entry) fields() [fieldCount]*string {
 
 // Append encodes the entry after b.
 func (e *Entry) Append(b []byte) []byte {
-	b = append(b, entryVersion)
+	size := 1 + 3*binary.MaxVarintLen64
+	for _, f := range e.fields() {
+		size += 2 + min(len(*f), maxField)
+	}
+	b = append(slices.Grow(b, size), entryVersion)
 	b = binary.AppendUvarint(b, e.Sequence)
 	b = binary.AppendUvarint(b, uint64(max(0, e.Time.UnixMicro())))
 	b = binary.AppendUvarint(b, uint64(max(0, e.Revision)))
@@ -71,6 +76,7 @@ func Decode(b []byte) (e Entry, err error) {
 		return e, fmt.Errorf("it is an entry of version %d; this program reads %d", b[0], entryVersion)
 	}
 	rest := b[1:]
+	text := string(b) // all strings are parts of this one
 	number := func() uint64 {
 		v, n := binary.Uvarint(rest)
 		if n <= 0 {
@@ -90,7 +96,8 @@ func Decode(b []byte) (e Entry, err error) {
 		if err != nil {
 			return e, err
 		}
-		*f, rest = string(rest[:n]), rest[n:]
+		at := len(b) - len(rest)
+		*f, rest = text[at:at+int(n)], rest[n:]
 	}
 	if micro > 1<<62 || revision > 1<<62 || len(rest) > 0 {
 		return e, errors.New("its numbers or its length make no sense")
