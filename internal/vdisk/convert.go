@@ -178,6 +178,9 @@ func (d *Disk) start(t Target) error {
 		if err := d.state.reserve(); err != nil {
 			return d.stateWriteError(err)
 		}
+		if err := d.keepConverting(); err != nil {
+			return err
+		}
 		if err := d.writeState(&s); err != nil {
 			return err
 		}
@@ -196,7 +199,7 @@ func (d *Disk) start(t Target) error {
 		}
 		if t.Kind == Encrypting {
 			err = d.createState(&s, next)
-		} else if err = d.state.reserve(); err == nil {
+		} else if err = errors.Join(d.keepConverting(), d.state.reserve()); err == nil {
 			err = d.state.write(&s, d.key.mac(), next.mac())
 		}
 		if err != nil {
@@ -299,6 +302,7 @@ func (d *Disk) become(kind Conversion, next *dataKey) {
 	d.kind, d.next = kind, next
 	d.mu.Unlock()
 	d.setForm()
+	d.keep()
 }
 
 func (d *Disk) setState(sf *stateFile) {
@@ -457,6 +461,7 @@ func (d *Disk) finish(key *dataKey) {
 	d.kind, d.key, d.next = NotConverting, key, nil
 	d.mu.Unlock()
 	d.setForm()
+	d.keep()
 	for _, k := range keys {
 		if k != key {
 			k.wipe() // setForm has waited for the requests that used it

@@ -216,7 +216,7 @@ func deleteIn(ctx context.Context, fsys fsys, path string) error {
 	} else if !errors.Is(err, ErrMissing) {
 		return err
 	}
-	for _, names := range [][]string{{path}, {name + stateSuffix, name}} {
+	for _, names := range [][]string{{path}, {name + stateSuffix, name, keptName(path)}} {
 		if err := errors.Join(removeAll(fsys, names...), fsys.SyncDir(filepath.Dir(path))); err != nil {
 			return fmt.Errorf("deleting a disk: %w", err)
 		}

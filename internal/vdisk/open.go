@@ -99,6 +99,7 @@ func (d *Disk) ready() error {
 		if err := d.settle(); err != nil {
 			return err
 		}
+		d.keep()
 	}
 	if d.desc.IsDelta() {
 		return d.openBits()
@@ -397,6 +398,7 @@ func (d *Disk) save(desc *vmdk.Descriptor) error {
 	d.mu.Lock()
 	d.text, d.desc = text, desc
 	d.mu.Unlock()
+	d.keep()
 	return nil
 }
 
