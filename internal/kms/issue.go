@@ -266,7 +266,7 @@ func (t *keyTaker) Open([]byte, []byte) (*secret.Key, error) { return t.key.Clon
 
 // authorityCodec stores a CA as the length of its certificate (4 bytes,
 // big-endian), the certificate (DER) and the key (PKCS#8), sealed together.
-type authorityCodec struct{ *instance }
+type authorityCodec struct{ store.Sealer }
 
 func (c authorityCodec) Encode(at string, a *authority) ([]byte, error) {
 	key, err := a.secret()
@@ -296,7 +296,7 @@ func (c authorityCodec) Decode(at string, stored []byte) (*authority, error) {
 	if err != nil {
 		return nil, fmt.Errorf("decoding %s: %w", at, err)
 	}
-	return &authority{cert: cert, at: at, stored: bytes.Clone(stored), opener: c.instance}, nil
+	return &authority{cert: cert, at: at, stored: bytes.Clone(stored), opener: c.Sealer}, nil
 }
 
 func splitAuthority(plain []byte) (cert, key []byte, err error) {
