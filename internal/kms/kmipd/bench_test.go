@@ -1,16 +1,21 @@
 package kmipd
 
 import (
+	"context"
 	"crypto/tls"
 	"fmt"
 	"net"
 	"sync"
 	"sync/atomic"
 	"testing"
+	"time"
 
 	"github.com/ovh/kmip-go"
 	"github.com/ovh/kmip-go/payloads"
 	"github.com/ovh/kmip-go/ttlv"
+
+	"mortise/internal/kms"
+	"mortise/internal/pki"
 )
 
 // parallel divides b.N requests among clients; each gets its own from begin.
@@ -73,6 +78,39 @@ func BenchmarkGet(b *testing.B) {
 				}, func() {}
 			})
 		})
+	}
+}
+
+// BenchmarkAnswer is a Get without TLS, a connection and waiting: one client.
+func BenchmarkAnswer(b *testing.B) {
+	k := openKMS(b)
+	s, err := newServer(k, Options{Credentials: &pki.Credentials{}})
+	if err != nil {
+		b.Fatal(err)
+	}
+	client := newClient(b, time.Now(), time.Hour)
+	letIn(b, k, client)
+	open := func(ctx context.Context) (*kms.Session, error) {
+		return k.Presume(ctx, kms.DefaultInstance, client.Leaf, "bench")
+	}
+	ask := func(p kmip.OperationPayload) kmip.ResponseMessage {
+		req := request(1, p)
+		e, _ := s.answer(b.Context(), "bench", open, ttlv.MarshalTTLV(&req))
+		defer s.release(e)
+		var m kmip.ResponseMessage
+		if err := ttlv.UnmarshalTTLV(e.Bytes(), &m); err != nil || m.BatchItem[0].Err() != nil {
+			b.Fatal(err, m)
+		}
+		return m
+	}
+	id := ask(createAES()).BatchItem[0].ResponsePayload.(*payloads.CreateResponsePayload).UniqueIdentifier
+	ask(&payloads.GetRequestPayload{UniqueIdentifier: id})
+	req := request(1, &payloads.GetRequestPayload{UniqueIdentifier: id})
+	wire := ttlv.MarshalTTLV(&req)
+	b.ReportAllocs()
+	for b.Loop() {
+		e, _ := s.answer(b.Context(), "bench", open, wire)
+		s.release(e)
 	}
 }
 

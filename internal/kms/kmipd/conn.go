@@ -47,10 +47,12 @@ func (c *conn) serve() {
 		return
 	}
 	stream := tls.Server(&handshaking{c.raw, c}, c.s.tls)
-	ctx, cancel := context.WithTimeout(context.Background(), c.s.HandshakeTimeout)
-	err := stream.HandshakeContext(ctx)
-	cancel()
-	if err != nil {
+	c.mu.Lock()
+	if !c.ending {
+		c.raw.SetDeadline(time.Now().Add(c.s.HandshakeTimeout)) // a context would take a goroutine
+	}
+	c.mu.Unlock()
+	if err := stream.Handshake(); err != nil {
 		c.s.Watcher.HandshakeFailed()
 		log := c.s.log.Info
 		if errors.Is(err, io.EOF) { // vCenter's health poll connects and says nothing

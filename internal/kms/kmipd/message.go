@@ -22,13 +22,6 @@ const maxBatch = 1000
 // highest is the preferred version; 1.0 to 1.4 are served.
 var highest = kmip.V1_4
 
-// headerFields is the request header of KMIP 1.4 §7.1.
-var headerFields = []field{
-	{tag: kmip.TagProtocolVersion}, {tag: kmip.TagMaximumResponseSize}, {tag: kmip.TagClientCorrelationValue}, {tag: kmip.TagServerCorrelationValue},
-	{tag: kmip.TagAsynchronousIndicator}, {tag: kmip.TagAttestationCapableIndicator}, {tag: kmip.TagAttestationType, repeats: true},
-	{tag: kmip.TagAuthentication}, {tag: kmip.TagBatchErrorContinuationOption}, {tag: kmip.TagBatchOrderOption}, {tag: kmip.TagTimeStamp}, {tag: kmip.TagBatchCount},
-}
-
 // itemFields is a request batch item.
 var itemFields = []field{{tag: kmip.TagOperation}, {tag: kmip.TagUniqueBatchItemID}, {tag: kmip.TagRequestPayload}, {tag: kmip.TagMessageExtension}}
 
@@ -88,7 +81,11 @@ func (r *reply) handle(ctx context.Context, open sessionOpener, msg []byte) (kee
 	if len(parts) == 0 || parts[0].tag != kmip.TagRequestHeader || parts[0].typ != ttlv.TypeStructure {
 		return r.refuseMessage(kmip.ResultReasonInvalidMessage, "the message does not begin with a request header")
 	}
-	version, ok := versionOf(parts[0])
+	var version kmip.ProtocolVersion
+	head, ok := items(parts[0].value), false
+	if len(head) > 0 {
+		version, ok = versionOf(head[0]) // before anything else is believed
+	}
 	if !ok {
 		return r.refuseMessage(kmip.ResultReasonInvalidMessage, "the request header does not begin with a protocol version")
 	}
@@ -97,7 +94,7 @@ func (r *reply) handle(ctx context.Context, open sessionOpener, msg []byte) (kee
 		return r.refuseMessage(kmip.ResultReasonInvalidMessage, "protocol version %s is not supported; 1.0 to %s are", version, highest)
 	}
 	r.version = version
-	header, err := readHeader(parts[0])
+	header, err := readHeader(parts[0], head)
 	if err != nil {
 		return r.fail(err)
 	}
@@ -217,27 +214,13 @@ func (r *reply) undo(c *call) {
 	}
 }
 
-// versionOf reads the protocol version before anything else of the header is
-// believed.
-func versionOf(header item) (v kmip.ProtocolVersion, ok bool) {
-	list := items(header.value)
-	if len(list) == 0 || list[0].tag != kmip.TagProtocolVersion {
-		return v, false
-	}
-	d, err := ttlv.NewTTLVDecoder(list[0].raw)
-	if err == nil {
-		err = d.Any(&v)
-	}
-	return v, err == nil
-}
-
-func readHeader(it item) (h kmip.RequestHeader, err error) {
-	if err := inOrder(items(it.value), headerFields); err != nil {
+func readHeader(it item, list []item) (h kmip.RequestHeader, err error) {
+	if err := inOrder(list, headerFields); err != nil {
 		return h, kms.Refuse(fieldReason(err), "request header: %v", err)
 	}
-	d, err := ttlv.NewTTLVDecoder(it.raw)
-	if err == nil {
-		err = d.Any(&h)
+	h, usual := usualHeader(list)
+	if !usual {
+		h, err = codedHeader(it)
 	}
 	switch {
 	case err != nil:
@@ -250,6 +233,15 @@ func readHeader(it item) (h kmip.RequestHeader, err error) {
 		return h, kms.Refuse(kmip.ResultReasonInvalidField, "the batch error continuation option is unknown")
 	}
 	return h, nil
+}
+
+// codedHeader is the header as the codec reads it.
+func codedHeader(it item) (h kmip.RequestHeader, err error) {
+	d, err := ttlv.NewTTLVDecoder(it.raw)
+	if err == nil {
+		err = d.Any(&h)
+	}
+	return h, err
 }
 
 // fieldReason is how KMIP 1.4 §11.1 answers a field out of place.

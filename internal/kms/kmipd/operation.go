@@ -1,7 +1,9 @@
 package kmipd
 
 import (
+	"bytes"
 	"context"
+	"encoding/binary"
 	"slices"
 	"time"
 
@@ -104,28 +106,27 @@ func (c *call) do(it item) (answer kmip.ResponseBatchItem, err error) {
 	}
 	var payload *item
 	for i, p := range parts {
-		d, err := ttlv.NewTTLVDecoder(p.raw)
+		ok := true
 		switch p.tag {
 		case kmip.TagOperation:
-			if err == nil {
-				err = d.Any(&answer.Operation)
+			if ok = p.typ == ttlv.TypeEnumeration; ok {
+				answer.Operation = kmip.Operation(binary.BigEndian.Uint32(p.value))
 			}
 		case kmip.TagUniqueBatchItemID:
-			if err == nil {
-				answer.UniqueBatchItemID, err = d.ByteString(p.tag)
-			}
+			answer.UniqueBatchItemID, ok = bytes.Clone(p.value), p.typ == ttlv.TypeByteString
 		case kmip.TagRequestPayload:
 			payload = &parts[i]
 		case kmip.TagMessageExtension:
 			var x kmip.MessageExtension
+			d, err := ttlv.NewTTLVDecoder(p.raw)
 			if err == nil {
 				err = d.Any(&x)
 			}
-			if err == nil && x.CriticalityIndicator {
+			if ok = err == nil; ok && x.CriticalityIndicator {
 				return c.refused(answer, kms.Refuse(kmip.ResultReasonFeatureNotSupported, "the critical message extension is not known"))
 			}
 		}
-		if err != nil {
+		if !ok {
 			return c.refused(answer, kms.Refuse(kmip.ResultReasonInvalidMessage, "the batch item cannot be read"))
 		}
 	}

@@ -76,7 +76,8 @@ func checkValue(typ ttlv.Type, v []byte, depth int) error {
 }
 
 // items takes apart the value of a structure that passed check.
-func items(b []byte) (list []item) {
+func items(b []byte) []item {
+	list := make([]item, 0, 4) // most have no more
 	for len(b) > 0 {
 		n := int(binary.BigEndian.Uint32(b[4:]))
 		size := headerLen + (n+7)&^7
