@@ -20,7 +20,17 @@ func (s *Store) Sync(ctx context.Context) error {
 // whether that is the newest: for who follows a [Watcher], or has called Sync.
 // ok is false when there is none or when it is damaged.
 func (c *Collection[T]) Peek(key string) (e Entry[T], ok bool) {
-	e, err := c.peek(key)
+	if c.uncached {
+		e, err := c.peek(key)
+		return e, err == nil
+	}
+	c.s.cache.mu.RLock()
+	r := c.rows[key]
+	c.s.cache.mu.RUnlock()
+	if r == nil { // usual where it tells that all is well
+		return e, false
+	}
+	e, err := c.entry(r)
 	return e, err == nil
 }
 
