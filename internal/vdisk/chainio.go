@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"sync"
+	"time"
 )
 
 // Size is the length of the disk in bytes, a multiple of SectorSize.
@@ -31,14 +32,36 @@ func (c *Chain) ReadAt(p []byte, off int64) error {
 	if c.index == nil {
 		return c.links[0].ext.read(p, off)
 	}
-	for len(p) > 0 {
+	for asked := false; len(p) > 0; {
 		d, n := c.at(off, int64(len(p)))
+		if n == int64(len(p)) {
+			return d.ext.read(p, off)
+		}
+		began := time.Now()
 		if err := d.ext.read(p[:n], off); err != nil {
 			return err
 		}
 		p, off = p[n:], off+n
+		if !asked && time.Since(began) > slowRead+time.Duration(n) {
+			// It came from storage: the other pieces are fetched at once, and not one
+			// after the other.
+			c.prefetch(off, int64(len(p)))
+			asked = true
+		}
 	}
 	return nil
+}
+
+// slowRead, and a nanosecond for each byte, is what a read from the page cache takes
+// at most.
+const slowRead = 50 * time.Microsecond
+
+func (c *Chain) prefetch(off, n int64) {
+	for n > 0 {
+		d, run := c.at(off, n)
+		d.ext.f.Prefetch(off, run)
+		off, n = off+run, n-run
+	}
 }
 
 // at returns the link that has the sector at off, and how many of n bytes it has.

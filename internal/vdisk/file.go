@@ -42,8 +42,10 @@ type file interface {
 	// without waiting; errLocked means that another open file has it. A lock that
 	// it has becomes the other kind. Close releases it.
 	Lock(exclusive bool) error
-	// Forget tells the page cache that a range is not needed soon.
+	// Forget tells the page cache that a range is not needed soon, Prefetch that it
+	// is, without waiting for it.
 	Forget(off, n int64)
+	Prefetch(off, n int64)
 	Close() error
 }
 
@@ -248,4 +250,8 @@ func (f *osFile) Close() error {
 func (f *osFile) Forget(off, n int64) {
 	// Advice: there is nothing to do when it is not taken.
 	_ = f.call("fadvise", func(fd int) error { return unix.Fadvise(fd, off, n, unix.FADV_DONTNEED) })
+}
+
+func (f *osFile) Prefetch(off, n int64) {
+	_ = f.call("fadvise", func(fd int) error { return unix.Fadvise(fd, off, n, unix.FADV_WILLNEED) })
 }

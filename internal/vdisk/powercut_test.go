@@ -485,7 +485,8 @@ func (h *powerHandle) Lock(exclusive bool) error {
 	return h.fs.up()
 }
 
-func (h *powerHandle) Forget(int64, int64) {}
+func (h *powerHandle) Forget(int64, int64)   {}
+func (h *powerHandle) Prefetch(int64, int64) {}
 
 func (h *powerHandle) Close() error {
 	h.fs.mu.Lock()
