@@ -26,6 +26,7 @@ import (
 	"mortise/internal/kms/cluster"
 	"mortise/internal/kms/kmipd"
 	"mortise/internal/kms/metrics"
+	"mortise/internal/kms/unlocking"
 	"mortise/internal/pki"
 	"mortise/internal/secret"
 	"mortise/internal/store"
@@ -182,11 +183,15 @@ func serveKMS(ctx context.Context, cfg kmsConfig, isDev bool) error {
 		}
 		token = string(text)
 	}
-	roots, err := openRootKeys(ctx, cfg.StateDir, cfg.rootKeysConfig, log)
+	keys, err := cfg.unlocking(filepath.Join(cfg.StateDir, kmsKeyring), log)
 	if err != nil {
 		return err
 	}
-	defer roots.close()
+	roots, err := unlocking.Open(ctx, keys)
+	if err != nil {
+		return err
+	}
+	defer roots.Close()
 	creds, certificate, key, err := kmsCredentials(cfg, reached)
 	if err != nil {
 		return err
@@ -268,7 +273,7 @@ func serveKMS(ctx context.Context, cfg kmsConfig, isDev bool) error {
 		}
 	})
 	g.Go(func() error {
-		if err := roots.unlock(ctx, k, node); err != nil {
+		if err := roots.Await(ctx, k, node); err != nil {
 			return err
 		}
 		if err := awaitRelease(ctx, k, log); err != nil {

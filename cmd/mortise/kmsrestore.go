@@ -2,9 +2,7 @@ package main
 
 import (
 	"context"
-	"fmt"
 	"log/slog"
-	"os"
 
 	"github.com/coreos/go-systemd/v22/daemon"
 
@@ -12,20 +10,21 @@ import (
 	"mortise/internal/kms"
 	"mortise/internal/kms/backup"
 	"mortise/internal/kms/cluster"
-	"mortise/internal/rootkey"
+	"mortise/internal/kms/unlocking"
+	"mortise/internal/tpm"
 )
 
 // kmsRestorer lays out a restored state folder as serve wants to find it.
 func kmsRestorer() kmscli.Restorer {
 	return kmscli.Restorer{
 		StateDir: defaultKMSState, Member: cluster.DefaultName, KeyringName: kmsKeyring,
-		NewKeyring: func(path, passphraseFile string) (backup.Adopter, error) {
-			p, err := rootkey.FindPassphrase(rootkey.PassphraseSource{File: passphraseFile, Env: "MORTISE_PASSPHRASE_FILE", Credential: "kms-passphrase"}, os.Getenv)
-			if err != nil {
-				return nil, fmt.Errorf("%w (--root-passphrase-file)", err)
-			}
-			defer p.Wipe()
-			return rootkey.CreateKeyring(path, rootkey.Passphrase(p, 0))
+		NewKeyring: func(path string, o kmscli.Sealing) (backup.Adopter, error) {
+			return unlocking.NewKeyring(unlocking.Config{
+				Keyring:    path,
+				Passphrase: word("--root-passphrase-file", o.PassphraseFile, "MORTISE_PASSPHRASE_FILE", "kms-passphrase"),
+				TPM:        tpm.Sealer{Device: o.TPMDevice, PCRs: o.TPMPCRs},
+				SealToTPM:  o.TPM,
+			})
 		},
 	}
 }

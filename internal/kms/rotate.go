@@ -589,7 +589,7 @@ func (k *KMS) jobDestroy(ctx context.Context, _ store.Term, instance string, job
 			r.Shredded = job.PurgedAt
 			return []store.Op{k.records.Update(instance, e.Revision, r)}, nil
 		}
-		if time.Since(begin) > spreadAll {
+		if time.Since(begin) > k.patience {
 			return nil, waiting
 		}
 		select {

@@ -32,3 +32,11 @@ func (k *KMS) New(ctx context.Context) (bool, error) {
 	}
 	return k.records.Count() == 0, nil
 }
+
+// RootKeyStatus is one provider of root keys on one member.
+type RootKeyStatus struct {
+	Provider string `json:"provider" doc:"file or pkcs11"`
+	SealedBy string `json:"sealedBy" doc:"what opens it: passphrase, tpm or PIN"`
+	Open     bool   `json:"open"`
+	Where    string `json:"where" doc:"the file, or the token"`
+}

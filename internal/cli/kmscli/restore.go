@@ -16,9 +16,17 @@ type Restorer struct {
 	// StateDir, Member and KeyringName are where, as whom and with which file of
 	// root keys the key server starts unless it is told otherwise.
 	StateDir, Member, KeyringName string
-	// NewKeyring makes that file at path, sealed with the passphrase in a file;
-	// an empty name means where serve finds it.
-	NewKeyring func(path, passphraseFile string) (backup.Adopter, error)
+	// NewKeyring makes that file at path.
+	NewKeyring func(path string, o Sealing) (backup.Adopter, error)
+}
+
+// Sealing is what opens a new keyring: the passphrase in a file, where serve finds
+// it if no name is given, a TPM, or both.
+type Sealing struct {
+	PassphraseFile string
+	TPM            bool
+	TPMDevice      string
+	TPMPCRs        []uint
 }
 
 // AddRestore adds the verb restore to the command kms.
@@ -42,14 +50,15 @@ the backup is then done again, and what was made after it is listed.
   4. mortise kms restore release      lets clients in
 
 Root keys in the backup go to a new sealed file, under the passphrase in
---root-passphrase-file. Members of a cluster join the restored one anew.`,
+--root-passphrase-file, this machine's TPM with --tpm, or both. Those of a token are
+not in a backup: start the server with the token. Members of a cluster join the restored one anew.`,
 		`  mortise kms restore kms.age --passphrase-file backup.passphrase \
       --root-passphrase-file /etc/mortise/kms.passphrase --audit kms-1.jsonl --audit kms-2.jsonl
   mortise kms restore status
   mortise kms restore release`, restoreStatus(&g), restoreRelease(&g))
 	var o opener
 	var audits, held []string
-	var rootPassphrase string
+	var sealing Sealing
 	cmd.Use = "restore FILE"
 	cmd.Args = cobra.ArbitraryArgs
 	cmd.RunE = func(cmd *cobra.Command, args []string) error {
@@ -62,7 +71,7 @@ Root keys in the backup go to a new sealed file, under the passphrase in
 		}
 		opts := backup.Options{
 			File: args[0], Identities: ids, StateDir: r.StateDir, Member: r.Member, KeyringName: r.KeyringName,
-			NewKeyring: func(path string) (backup.Adopter, error) { return r.NewKeyring(path, rootPassphrase) },
+			NewKeyring: func(path string) (backup.Adopter, error) { return r.NewKeyring(path, sealing) },
 		}
 		if opts.Aftermath, err = aftermath(audits, held); err != nil {
 			return err
@@ -78,7 +87,10 @@ Root keys in the backup go to a new sealed file, under the passphrase in
 	o.bind(f)
 	f.StringVar(&r.StateDir, "state-dir", r.StateDir, "the new server's folder for keys and settings")
 	f.StringVar(&r.Member, "name", r.Member, "the new server's name among its cluster's members")
-	f.StringVar(&rootPassphrase, "root-passphrase-file", "", "file with the passphrase to seal the new server's root keys with, mode 0600")
+	f.StringVar(&sealing.PassphraseFile, "root-passphrase-file", "", "file with the passphrase to seal the new server's root keys with, mode 0600")
+	f.BoolVar(&sealing.TPM, "tpm", false, "seal them to this machine's TPM 2.0; with a passphrase too, that is a second way in")
+	f.StringVar(&sealing.TPMDevice, "tpm-device", "", "the TPM (default: the machine's)")
+	f.UintSliceVar(&sealing.TPMPCRs, "tpm-pcrs", nil, "PCRs that must stay as they are, e.g. 0,2,4,7 (default: none)")
 	f.StringArrayVar(&audits, "audit", nil, "exported audit log of the lost server (JSON lines); one for each member")
 	f.StringArrayVar(&held, "held", nil, "list of key ids that clients hold: a line each, ID or INSTANCE/ID")
 	parent.AddCommand(cmd)
@@ -133,7 +145,8 @@ done again, and what is missing.
 JSON: {"quarantined", "restore": {"backup", "created", "revision", "restored",
 "auditUntil", "missing": [{"instance", "id", "from"}], "acts"}, "acts": [{"instance",
 "operation", "subject", "detail", "time", "by", "revision", "outcome"}]}.`,
-		Args: needs(),
+		Example: `  mortise kms restore status`,
+		Args:    needs(),
 		RunE: g.run(func(ctx context.Context, v *verb, _ []string) error {
 			s, err := v.RestoreStatus(ctx)
 			if err != nil {
@@ -182,7 +195,8 @@ func restoreRelease(g *connection) *cobra.Command {
 		Short: "End the quarantine after a restore: clients are served",
 		Long: `Ends the quarantine. It shows what is missing or in doubt, and asks; a program gives
 the hash of that list with --confirm.`,
-		Args: needs(),
+		Example: `  mortise kms restore release`,
+		Args:    needs(),
 		RunE: g.run(func(ctx context.Context, v *verb, _ []string) error {
 			if err := v.confirmed(confirm, func(hash string) error { return v.Release(ctx, hash) }); err != nil {
 				return err

@@ -88,12 +88,7 @@ type RootKeys interface {
 }
 
 // RootKeyStatus is one provider of root keys on the answering member.
-type RootKeyStatus struct {
-	Provider string `json:"provider" doc:"file or pkcs11"`
-	SealedBy string `json:"sealedBy" doc:"what opens it: passphrase, tpm or PIN"`
-	Open     bool   `json:"open"`
-	Where    string `json:"where" doc:"the file, or the token"`
-}
+type RootKeyStatus = kms.RootKeyStatus
 
 func (c *call) rootKeys() (RootKeys, error) {
 	if c.RootKeys == nil {

@@ -21,16 +21,6 @@ import (
 	"mortise/internal/store"
 )
 
-// A Sharer is a root-key provider whose keys members hand each other; every
-// [kms.RootKeys] of more than one key is one.
-type Sharer interface {
-	kms.RootKeys
-	// Share returns the root keys of those ids, as far as they are there.
-	Share(ctx context.Context, ids []string) (*secret.Key, error)
-	// Adopt keeps what Share returned on another member.
-	Adopt(ctx context.Context, share *secret.Key) error
-}
-
 // status is how one member is doing, for the others.
 type status struct {
 	Name     string `json:"name"`
@@ -86,7 +76,7 @@ func (n *Node) callHandler() http.Handler {
 }
 
 // sharer is this member's open provider of a kind.
-func (n *Node) sharer(kind string) (Sharer, error) {
+func (n *Node) sharer(kind string) (kms.Sharer, error) {
 	n.mu.Lock()
 	keys := n.keys
 	n.mu.Unlock()
@@ -94,7 +84,7 @@ func (n *Node) sharer(kind string) (Sharer, error) {
 		return nil, ErrLocked
 	}
 	for _, k := range keys {
-		if s, can := k.(Sharer); can && k.Kind() == kind {
+		if s, can := k.(kms.Sharer); can && k.Kind() == kind {
 			return s, nil
 		}
 	}
@@ -138,7 +128,7 @@ const maxShare = 64
 // are given, until all that are asked for are there, and gives them to the
 // provider. It is no error if some are nowhere. ErrNoPeer tells that no other
 // member is there or unlocked.
-func (n *Node) FetchKeys(ctx context.Context, to Sharer, ids ...string) error {
+func (n *Node) FetchKeys(ctx context.Context, to kms.Sharer, ids ...string) error {
 	peers, err := n.peers(ctx)
 	if err != nil {
 		return err
@@ -164,7 +154,7 @@ func (n *Node) FetchKeys(ctx context.Context, to Sharer, ids ...string) error {
 
 // fetchFrom gets root keys from one member, and tells whether those that were
 // asked for are all there then.
-func (n *Node) fetchFrom(ctx context.Context, name, address string, to Sharer, ids []string) (complete bool, err error) {
+func (n *Node) fetchFrom(ctx context.Context, name, address string, to kms.Sharer, ids []string) (complete bool, err error) {
 	wanted := ids
 	if len(wanted) == 0 {
 		if wanted, err = n.askIDs(ctx, name, address, to.Kind()); err != nil {
@@ -203,7 +193,7 @@ func (n *Node) askIDs(ctx context.Context, name, address, kind string) (ids []st
 	return ids, err
 }
 
-func (n *Node) adoptFrom(ctx context.Context, name, address string, to Sharer, ids []string) error {
+func (n *Node) adoptFrom(ctx context.Context, name, address string, to kms.Sharer, ids []string) error {
 	body, err := json.Marshal(shareRequest{to.Kind(), ids})
 	if err != nil {
 		return err

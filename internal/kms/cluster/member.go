@@ -124,6 +124,12 @@ func (n *Node) Members(ctx context.Context) ([]Member, error) {
 	return list, nil
 }
 
+// Alone tells whether it is certain that there is no other member.
+func (n *Node) Alone(ctx context.Context) bool {
+	list, err := n.Members(ctx)
+	return err == nil && len(list) == 1
+}
+
 // Invite makes a token with which a new member of that name can join, for the
 // given life.
 func (n *Node) Invite(ctx context.Context, name string, life time.Duration) (Token, error) {
