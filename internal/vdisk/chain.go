@@ -462,8 +462,9 @@ func (c *Chain) change(f func()) {
 	c.moved = make(chan struct{})
 }
 
-// children are the descriptors in a link's folder that stand on it.
-func children(fsys fsys, path string) (all []*vmdk.Descriptor, err error) {
+// children are the descriptors in a link's folder that stand on it. If surely, one
+// that cannot be read, and might, is an error.
+func children(fsys fsys, path string, surely bool) (all []*vmdk.Descriptor, err error) {
 	names, err := fsys.List(filepath.Dir(path))
 	if err != nil {
 		return nil, fmt.Errorf("looking for links that stand on %s: %w", path, err)
@@ -473,9 +474,15 @@ func children(fsys fsys, path string) (all []*vmdk.Descriptor, err error) {
 		if filepath.Ext(n) != ".vmdk" || vmdk.IsExtentName(n) || n == filepath.Base(path) {
 			continue
 		}
-		_, desc, err := loadDescriptor(fsys, filepath.Join(filepath.Dir(path), n))
+		child := filepath.Join(filepath.Dir(path), n)
+		_, desc, err := loadDescriptor(fsys, child)
 		if err == nil && desc.IsDelta() && desc.Parent() == filepath.Base(path) {
 			all = append(all, desc)
+		}
+		if err != nil && surely {
+			if _, serr := fsys.Stat(vmdk.DeltaName(child)); serr == nil {
+				return nil, &Error{Kind: ErrChildren, File: path, Why: fmt.Sprintf("snapshot link %s may stand on it, and cannot be read", n), Fix: "repair that one first", Cause: err}
+			}
 		}
 	}
 	return all, nil
@@ -486,7 +493,7 @@ func (d *Disk) leaf() error {
 	if why := d.desc.Sealed(); why != "" {
 		return &Error{Kind: ErrSealed, File: d.path, Why: why, Fix: "make a linked clone or a snapshot link of it, and use that"}
 	}
-	kids, err := children(d.opts.fs, d.path)
+	kids, err := children(d.opts.fs, d.path, false)
 	if err != nil {
 		return err
 	}

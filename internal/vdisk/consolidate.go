@@ -137,7 +137,7 @@ func (m *merge) noDown(fsys fsys) (string, error) {
 		return sealedForClones, nil
 	}
 	for _, d := range []*Disk{m.parent, m.link} {
-		kids, err := children(fsys, d.path)
+		kids, err := children(fsys, d.path, true)
 		if err != nil {
 			return "", err
 		}
@@ -173,6 +173,9 @@ func (m *merge) down(ctx context.Context) (err error) {
 		return err
 	}
 	defer func() { err = errors.Join(err, m.c.letGo()) }()
+	if err := m.stillDown(); err != nil {
+		return err
+	}
 	if name := filepath.Base(m.link.path); m.parent.desc.Receiving() != name || m.parent.desc.Sealed() != "" {
 		err := m.parent.edit(func(desc *vmdk.Descriptor) {
 			desc.SetReceiving(name)
@@ -214,6 +217,18 @@ func (m *merge) down(ctx context.Context) (err error) {
 		}
 	}
 	return m.endDown()
+}
+
+// stillDown looks again whether the link can be merged down: until it was held,
+// somebody could put another link on one of the two.
+func (m *merge) stillDown() error {
+	m.c.shape.Lock()
+	defer m.c.shape.Unlock()
+	why, err := m.noDown(m.c.opts.fs)
+	if err == nil && why != "" {
+		err = &Error{Kind: ErrSealed, File: m.link.path, Why: "it cannot be merged down: " + why, Fix: "try again: up may be possible"}
+	}
+	return err
 }
 
 // move moves the units of the piece that begins at from, and returns its end.
@@ -437,7 +452,7 @@ func (m *merge) lift(from, to int64, buf []byte) error {
 // stand on it: then both stand there.
 func (m *merge) sealBelow() error {
 	below := m.c.links[slices.Index(m.c.links, m.parent)-1]
-	kids, err := children(m.c.opts.fs, m.parent.path)
+	kids, err := children(m.c.opts.fs, m.parent.path, true)
 	if err != nil || len(kids) < 2 && m.parent.desc.Sealed() != sealedForClones || !m.c.own(below) {
 		return err
 	}

@@ -196,25 +196,28 @@ func deleteIn(ctx context.Context, fsys fsys, path string) error {
 	if err := ctx.Err(); err != nil {
 		return err
 	}
-	if kids, err := children(fsys, path); err != nil {
-		return err
-	} else if len(kids) > 0 {
-		return &Error{Kind: ErrChildren, File: path, Why: fmt.Sprintf("snapshot link %s stands on it", filepath.Base(kids[0].Name())), Fix: "delete that first, or consolidate it"}
-	}
 	name := vmdk.FlatName(path)
 	if _, desc, err := loadDescriptor(fsys, path); err == nil {
-		if why := desc.Sealed(); why == sealedForClones {
-			return &Error{Kind: ErrSealed, File: path, Why: why, Fix: "delete the linked clones, and then its files by hand"}
-		}
 		if name, err = extentName(path, desc); err != nil {
 			return err
 		}
+	} else if _, err := fsys.Stat(vmdk.DeltaName(path)); err == nil {
+		name = vmdk.DeltaName(path)
 	}
 	f, err := openLocked(fsys, name, true)
 	if err == nil {
 		defer f.Close()
 	} else if !errors.Is(err, ErrMissing) {
 		return err
+	}
+	// Whoever puts a link on this one holds its lock shared meanwhile.
+	if _, desc, err := loadDescriptor(fsys, path); err == nil && desc.Sealed() == sealedForClones {
+		return &Error{Kind: ErrSealed, File: path, Why: sealedForClones, Fix: "delete the linked clones, and then its files by hand"}
+	}
+	if kids, err := children(fsys, path, true); err != nil {
+		return err
+	} else if len(kids) > 0 {
+		return &Error{Kind: ErrChildren, File: path, Why: fmt.Sprintf("snapshot link %s stands on it", filepath.Base(kids[0].Name())), Fix: "delete that first, or consolidate it"}
 	}
 	for _, names := range [][]string{{path}, {name + stateSuffix, name, keptName(path)}} {
 		if err := errors.Join(removeAll(fsys, names...), fsys.SyncDir(filepath.Dir(path))); err != nil {

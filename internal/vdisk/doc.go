@@ -3,9 +3,19 @@
 // in clear or encrypted (rules E1–E5, E8), and that can change from one to the
 // other, or from one key to another, in place (rules R1, R2, R4).
 //
-//	vm.vmdk             descriptor: size, extent, key safe, MAC
-//	vm-flat.vmdk        extent: a sparse file, XTS-AES-256 in units of 4096 bytes
-//	vm-flat.vmdk.state  which keys the extent has, how far a conversion is
+//	vm.vmdk                     descriptor: size, extent, key safe, MAC
+//	vm-flat.vmdk                extent: a sparse file, XTS-AES-256 in units of 4096 bytes
+//	vm-flat.vmdk.state          which keys the extent has, how far a conversion is
+//	vm-000001.vmdk              descriptor of a snapshot link, which stands on vm.vmdk
+//	vm-000001-delta.vmdk        its extent: the units that were written since
+//	vm-000001-delta.vmdk.state  the same, and a bitmap of the units that it has
+//
+// A [Disk] is one link, with the conversions of it. A [Chain] is a base and the
+// snapshot links that stand on it, and what servers and tools open: a disk without
+// snapshots is a chain of one. An [index] says which link has a unit; a [bitmap] in
+// three copies makes sure that neither a kill nor a power cut makes it lie.
+// Snapshot puts a link on the top, Revert and LinkedClone make another branch,
+// Consolidate merges a link with its parent, all of it under a guest.
 //
 // A disk in clear is a plain flat VMDK without a state file, and takes the same
 // way through the code without a cipher. doc/disk-format.md specifies the files,

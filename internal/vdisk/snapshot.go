@@ -207,7 +207,7 @@ func Revert(ctx context.Context, path string, o Options, s LinkSpec) (string, er
 		return "", err
 	}
 	defer c.Close()
-	kids, err := children(d.opts.fs, path)
+	kids, err := children(d.opts.fs, path, false)
 	if err != nil {
 		return "", err
 	}
