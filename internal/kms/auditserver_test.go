@@ -40,7 +40,7 @@ func TestServersOwnChangesAreAudited(t *testing.T) {
 	for _, want := range []struct{ object, act, detail string }{
 		{read, "state by date", "Active"},
 		{dated, "state by date", "Deactivated"},
-		{gone, "purge", ""},
+		{gone, "bytes dropped", "grace time over"},
 	} {
 		got := exported(t, f.KMS, AuditFilter{Object: want.object, Operation: want.act})
 		e, err := s.inst.objects.Get(t.Context(), want.object)

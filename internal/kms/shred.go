@@ -314,7 +314,7 @@ func (k *KMS) jobPurge(ctx context.Context, term store.Term, instance string, jo
 			}
 			o := *e.Value
 			o.purgeNow(job.PurgedAt.Add(-time.Second))
-			_, err := k.commitByDate(ctx, i, "purge", e.Key, "", i.objects.Update(e.Key, e.Revision, &o), term.Guard())
+			_, err := k.commitByDate(ctx, i, "bytes dropped", e.Key, "key shred", i.objects.Update(e.Key, e.Revision, &o), term.Guard())
 			if gone(err) {
 				again = true
 				continue

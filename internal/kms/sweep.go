@@ -101,12 +101,14 @@ func (k *KMS) sweepInstance(ctx context.Context, i *instance) error {
 		case err != nil:
 			return err
 		}
+		// Its entry must not read like an administrator's purge, which a restored
+		// server is told of: that one drops the bytes by date itself.
 		o := *e.Value
 		earliest, _ := k.clock.Bounds()
 		if !o.purge(earliest) {
 			continue
 		}
-		if _, err := k.commitByDate(ctx, i, "purge", e.Key, "", i.objects.Update(e.Key, e.Revision, &o)); err != nil {
+		if _, err := k.commitByDate(ctx, i, "bytes dropped", e.Key, "grace time over", i.objects.Update(e.Key, e.Revision, &o)); err != nil {
 			if errors.Is(err, store.ErrConflict) || errors.Is(err, store.ErrNotFound) {
 				continue // a client was faster; the next sweep sees to it
 			}

@@ -28,8 +28,10 @@ log, reads and refusals included, before its answer leaves. Entries are chained 
 signed; every second the newest signature is kept in the other members too, and off
 the machine if --audit-anchor of mortise kms serve says where.
 
-Each member of a cluster has a log of its own: ask each of them.`,
-		`  mortise kms audit export --since 24h > today.jsonl
+Each member of a cluster has a log of its own. With --all-members an export has the
+entries of all of them.`,
+		`  mortise kms audit export --since 24h --all-members > today.jsonl
+  mortise kms audit export --all-members > all.jsonl && mortise kms audit verify --export all.jsonl
   mortise kms audit export --folder /srv/audit/kms-1
   mortise kms audit verify --folder /srv/audit/kms-1 --anchors /mnt/logs/anchors.jsonl`,
 		auditExport(&g), auditVerify(&g), auditStatus(&g), auditKeys(&g), auditRemove(&g), auditForget(&g))
@@ -38,12 +40,19 @@ Each member of a cluster has a log of its own: ask each of them.`,
 func auditExport(g *connection) *cobra.Command {
 	var f kms.AuditFilter
 	var since, until, folder string
+	var all bool
 	cmd := &cobra.Command{
 		Use:   "export",
 		Short: "Print entries as JSON, one a line, or copy the whole log",
 		Long: `Prints the entries that the flags choose to standard output, one JSON object a
 line, oldest first. With --instance it needs the role administrator in that instance
 only.
+
+Of a cluster, it is the log of the member that is asked. With --all-members that member
+asks the others, and all entries come by time; if nothing else chooses entries, lines
+among them ("begin", "end") say where each log begins and how it is signed, so that
+mortise kms audit verify --export can check them. Every member must be up: where one is
+not, ask the others one by one.
 
 With --folder it copies the whole log of the member instead, with its signatures, into
 a new folder. mortise kms audit verify --folder checks that on any machine.`,
@@ -53,8 +62,8 @@ a new folder. mortise kms audit verify --folder checks that on any machine.`,
 		Args: cobra.NoArgs,
 		RunE: g.run(func(ctx context.Context, v *verb, _ []string) (err error) {
 			if folder != "" {
-				if since+until+f.Instance+f.Object+f.Client+f.Operation != "" || f.After > 0 {
-					return errors.New("--folder copies the whole log: it takes no other choice")
+				if since+until+f.Instance+f.Object+f.Client+f.Operation != "" || f.After > 0 || all {
+					return errors.New("--folder copies the whole log of one member: it takes no other choice")
 				}
 				return v.copyAudit(ctx, folder)
 			}
@@ -63,6 +72,12 @@ a new folder. mortise kms audit verify --folder checks that on any machine.`,
 			}
 			if f.Until, err = past(until, v.now); err != nil {
 				return fmt.Errorf("--until: %w", err)
+			}
+			if all {
+				if f.After > 0 {
+					return errors.New("--after is a number of one member's log: it does not go with --all-members; --since does")
+				}
+				return v.ExportAuditOfAll(ctx, f, v.out)
 			}
 			return v.ExportAudit(ctx, f, func(r audit.Record) error { return r.WriteJSON(v.out) })
 		}),
@@ -76,6 +91,7 @@ a new folder. mortise kms audit verify --folder checks that on any machine.`,
 	fl.StringVar(&f.Operation, "operation", "", "of this operation: Get, Destroy, …")
 	fl.Uint64Var(&f.After, "after", 0, "with a higher number: to go on where an earlier export ended")
 	fl.StringVar(&folder, "folder", "", "copy the whole log into this new folder")
+	fl.BoolVar(&all, "all-members", false, "of every member's log, by time")
 	return cmd
 }
 
@@ -147,7 +163,7 @@ func (v *verb) copyAudit(ctx context.Context, folder string) error {
 var errTampered = errors.New("the audit log is not what the key server wrote")
 
 func auditVerify(g *connection) *cobra.Command {
-	var folder string
+	var folder, export string
 	var anchors, keys []string
 	cmd := &cobra.Command{
 		Use:   "verify",
@@ -162,15 +178,21 @@ change (--anchors, a file that --audit-anchor of mortise kms serve wrote or what
 received), and with the public key that you noted when the key server was set up
 (--key, see mortise kms audit keys).
 
+--export checks a file that mortise kms audit export --all-members wrote, each member's
+log by itself. It finds the same, and with --anchors also a log that is missing whole.
+
 What no anchor covers, usually the last second, cannot be vouched for. The exit code is
 1 if anything was found.`,
 		Example: `  mortise kms audit verify
   mortise kms audit verify --folder /srv/audit/kms-1 --anchors /mnt/logs/anchors.jsonl --key 3b6a27bc…`,
 		Args: cobra.NoArgs,
 		RunE: func(cmd *cobra.Command, args []string) error {
-			if folder == "" {
+			if folder != "" && export != "" {
+				return errors.New("either --folder or --export")
+			}
+			if folder+export == "" {
 				if len(anchors)+len(keys) > 0 {
-					return errors.New("--anchors and --key go with --folder")
+					return errors.New("--anchors and --key go with --folder or --export")
 				}
 				return g.run(func(ctx context.Context, v *verb, _ []string) error {
 					r, err := v.VerifyAudit(ctx)
@@ -196,6 +218,19 @@ What no anchor covers, usually the last second, cannot be vouched for. The exit 
 				}
 				o.Keys = append(o.Keys, key)
 			}
+			if export != "" {
+				list, err := audit.VerifyExportFile(export, o)
+				if err != nil {
+					return fmt.Errorf("--export: %w", err)
+				}
+				for _, r := range list {
+					err = errors.Join(err, v.showReport(r))
+				}
+				if err != nil {
+					return errTampered
+				}
+				return nil
+			}
 			r, err := audit.Verify(folder, o)
 			if err != nil {
 				return err
@@ -205,6 +240,7 @@ What no anchor covers, usually the last second, cannot be vouched for. The exit 
 	}
 	f := cmd.Flags()
 	f.StringVar(&folder, "folder", "", "check the copy in this folder, without a key server")
+	f.StringVar(&export, "export", "", "check this export of all members, without a key server")
 	f.StringArrayVar(&anchors, "anchors", nil, "file with anchors, one JSON object a line (may be repeated)")
 	f.StringArrayVar(&keys, "key", nil, "public key that may have signed, hexadecimal (may be repeated)")
 	return cmd
@@ -212,7 +248,11 @@ What no anchor covers, usually the last second, cannot be vouched for. The exit 
 
 func (v *verb) showReport(r audit.Report) error {
 	err := v.show(r, func() {
-		v.say("Log %s of member %s: entries %d to %d in %d segments.", r.Log, clean(r.Member), r.First, r.Last, r.Segments)
+		in := ""
+		if r.Segments > 0 {
+			in = fmt.Sprintf(" in %d segments", r.Segments)
+		}
+		v.say("Log %s of member %s: entries %d to %d%s.", r.Log, clean(r.Member), r.First, r.Last, in)
 		v.say("%d signed heads and %d anchors agree with it; they vouch for it up to entry %d.", r.Heads, r.Anchors, r.Signed)
 		if r.Last > r.Signed {
 			v.say("Entries %d to %d are newer than that: nothing vouches for them yet.", r.Signed+1, r.Last)
@@ -246,9 +286,10 @@ func (v *verb) showReport(r audit.Report) error {
 
 func auditStatus(g *connection) *cobra.Command {
 	return &cobra.Command{
-		Use:   "status",
-		Short: "Show how the log stands",
-		Args:  cobra.NoArgs,
+		Use:     "status",
+		Short:   "Show how the log stands",
+		Example: `  mortise kms audit status --json`,
+		Args:    cobra.NoArgs,
 		RunE: g.run(func(ctx context.Context, v *verb, _ []string) error {
 			s, err := v.AuditStatus(ctx)
 			if err != nil {
@@ -279,7 +320,8 @@ func auditKeys(g *connection) *cobra.Command {
 		Long: `Lists the Ed25519 public keys with which the members sign their logs. Note them
 somewhere else when the key server is set up: mortise kms audit verify --key then trusts
 nothing that the key server says later.`,
-		Args: cobra.NoArgs,
+		Example: `  mortise kms audit keys > audit-keys-of-the-cluster`,
+		Args:    cobra.NoArgs,
 		RunE: g.run(func(ctx context.Context, v *verb, _ []string) error {
 			list, err := v.AuditKeys(ctx)
 			if err != nil {

@@ -21,10 +21,10 @@ import (
 func auditRows() []row {
 	const all, of = "/v1/audit", "/v1/instances/{instance}/audit"
 	entries := stream(http.MethodGet, all, kms.RoleAdministrator, "Export the audit log of this member: an entry a line", recordsMedia, exportAudit).
-		takes("instance", "entries of this instance")
+		takes("instance", "entries of this instance").takes("members", "\"all\": of every member's log, by time; without a choice of entries, with marks by which the export can be verified")
 	return []row{
 		chosen(entries),
-		chosen(stream(http.MethodGet, of, kms.RoleAdministrator, "Export what the audit log of this member has on an instance", recordsMedia, exportAudit)),
+		chosen(stream(http.MethodGet, of, kms.RoleAdministrator, "Export what the audit log of this member has on an instance", recordsMedia, exportAudit)).takes("members", "\"all\": of every member's log, by time"),
 		stream(http.MethodGet, all+"/archive", kms.RoleAdministrator, "Export the whole audit log of this member, to be verified elsewhere: a tar archive", archiveMedia,
 			func(c *call, w io.Writer) error { return c.KMS.AuditArchive(c, w) }),
 		get(all+"/verify", kms.RoleAdministrator, "Check the audit log of this member for changes, against its anchors in the store", func(c *call) (audit.Report, error) {
@@ -84,30 +84,26 @@ func exportAudit(c *call, w io.Writer) error {
 			return fmt.Errorf("%w: after: %q is no number of an entry", kms.ErrInvalid, text)
 		}
 	}
-	return c.KMS.AuditExport(c, f, func(r *audit.Record) error { return r.WriteJSON(w) })
+	each := func(r *audit.Record) error { return r.WriteJSON(w) }
+	switch c.query("members") {
+	case "":
+		return c.KMS.AuditExport(c, f, each)
+	case "all":
+		var others []kms.AuditSource
+		if c.Cluster != nil {
+			if others, err = c.Cluster.AuditLogs(c); err != nil {
+				return err
+			}
+		}
+		return c.KMS.AuditExportAll(c, f, others, each, func(m *audit.Marks) error { return m.WriteJSON(w) })
+	}
+	return fmt.Errorf("%w: members: %q; it is \"all\", or is left out for the log of this member alone", kms.ErrInvalid, c.query("members"))
 }
 
-// ExportAudit calls each with the chosen entries. With an instance it asks as
-// that instance's administrator would.
+// ExportAudit calls each with the chosen entries of the member that is asked. With
+// an instance it asks as that instance's administrator would.
 func (c *Client) ExportAudit(ctx context.Context, f kms.AuditFilter, each func(audit.Record) error) error {
-	path, query := "/v1/audit", url.Values{}
-	if f.Instance != "" {
-		path = "/v1/instances/" + url.PathEscape(f.Instance) + "/audit"
-	}
-	for name, text := range map[string]string{"object": f.Object, "client": f.Client, "operation": f.Operation} {
-		if text != "" {
-			query.Set(name, text)
-		}
-	}
-	for name, t := range map[string]time.Time{"since": f.Since, "until": f.Until} {
-		if !t.IsZero() {
-			query.Set(name, t.UTC().Format(time.RFC3339Nano))
-		}
-	}
-	if f.After > 0 {
-		query.Set("after", strconv.FormatUint(f.After, 10))
-	}
-	body, err := c.send(ctx, http.MethodGet, path, query, http.NoBody, "")
+	body, err := c.exportAudit(ctx, f, url.Values{})
 	if err != nil {
 		return err
 	}
@@ -124,6 +120,42 @@ func (c *Client) ExportAudit(ctx context.Context, f kms.AuditFilter, each func(a
 			return err
 		}
 	}
+}
+
+// ExportAuditOfAll copies the chosen entries of all members to w, as lines of
+// JSON by time. If none are chosen there are marks among them, by which
+// [audit.VerifyExport] checks them.
+func (c *Client) ExportAuditOfAll(ctx context.Context, f kms.AuditFilter, w io.Writer) error {
+	body, err := c.exportAudit(ctx, f, url.Values{"members": {"all"}})
+	if err != nil {
+		return err
+	}
+	defer body.Close()
+	if _, err := io.Copy(w, body); err != nil {
+		return fmt.Errorf("admin: the export of %s was cut off: %w", c.where, err)
+	}
+	return nil
+}
+
+func (c *Client) exportAudit(ctx context.Context, f kms.AuditFilter, query url.Values) (io.ReadCloser, error) {
+	path := "/v1/audit"
+	if f.Instance != "" {
+		path = "/v1/instances/" + url.PathEscape(f.Instance) + "/audit"
+	}
+	for name, text := range map[string]string{"object": f.Object, "client": f.Client, "operation": f.Operation} {
+		if text != "" {
+			query.Set(name, text)
+		}
+	}
+	for name, t := range map[string]time.Time{"since": f.Since, "until": f.Until} {
+		if !t.IsZero() {
+			query.Set(name, t.UTC().Format(time.RFC3339Nano))
+		}
+	}
+	if f.After > 0 {
+		query.Set("after", strconv.FormatUint(f.After, 10))
+	}
+	return c.send(ctx, http.MethodGet, path, query, http.NoBody, "")
 }
 
 // ArchiveAudit copies the whole log, a tar archive, to w.

@@ -31,18 +31,19 @@ type object struct{ instance, id string }
 const maxLine = 64 << 10
 
 // AddAudit reads an exported audit log: JSON lines. Lines that are no entries
-// (signed heads) are passed over. name is the file's, for errors.
+// (signed heads, marks of an export of all members) are passed over. name is the file's, for errors.
 func (a *Aftermath) AddAudit(name string, r io.Reader) error {
 	entries := 0
 	err := eachLine(name, r, func(line []byte) error {
 		var probe struct {
 			Operation *string `json:"operation"`
 			Hash      *string `json:"hash"`
+			audit.Marks
 		}
 		if err := json.Unmarshal(line, &probe); err != nil {
 			return err
 		}
-		if probe.Operation == nil && probe.Hash != nil {
+		if probe.Operation == nil && (probe.Hash != nil || probe.Begin != nil || probe.End != nil) {
 			return nil
 		}
 		var r audit.Record

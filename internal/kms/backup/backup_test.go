@@ -239,7 +239,10 @@ func TestRestore(t *testing.T) {
 		entry(9, "Destroy", "made-and-destroyed", ""),
 		entry(10, "client add", "whoever", ""),
 		entry(11, "crk delete", "0123", ""),
-		`{"v":1,"member":"kms-1","hash":"00","sequence":9}`, // a head
+		entry(12, "bytes dropped", "by-date", "grace time over"),
+		`{"v":1,"member":"kms-1","hash":"00","sequence":9}`,                  // a head
+		`{"begin":{"member":"kms-1","log":"00","sequence":1,"before":"00"}}`, // marks of an export of all members
+		`{"end":{"v":1,"member":"kms-1","log":"00","sequence":9,"hash":"00","time":"2026-01-01T00:00:00Z","key":"00","signature":"00"}}`,
 		"",
 	}, "\n")
 	dir := filepath.Join(t.TempDir(), "new", "kms")

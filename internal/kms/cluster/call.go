@@ -72,6 +72,7 @@ func (n *Node) callHandler() http.Handler {
 		w.Header().Set("Content-Type", "application/octet-stream")
 		share.Use(func(b []byte) { w.Write(b) })
 	})
+	mux.HandleFunc("POST /v1/audit", n.auditPage)
 	return mux
 }
 
@@ -271,6 +272,11 @@ func (n *Node) removed(ctx context.Context, others map[string]string) bool {
 
 // call asks one member.
 func (n *Node) call(ctx context.Context, name, address, method, path string, body []byte) ([]byte, error) {
+	return n.callFor(ctx, name, address, method, path, body, maxBody)
+}
+
+// callFor is call for an answer of at most so many bytes.
+func (n *Node) callFor(ctx context.Context, name, address, method, path string, body []byte, most int64) ([]byte, error) {
 	ctx, cancel := context.WithTimeout(ctx, 10*time.Second)
 	defer cancel()
 	m := pki.Mutual{Credentials: n.creds, CAs: []*x509.Certificate{n.ca}, Now: n.now}
@@ -292,7 +298,7 @@ func (n *Node) call(ctx context.Context, name, address, method, path string, bod
 	}
 	defer resp.Body.Close()
 	// A share of keys is in this buffer and in the one it becomes, no third.
-	text := make([]byte, 0, min(max(resp.ContentLength, 512), maxBody))
+	text := make([]byte, 0, min(max(resp.ContentLength, 512), most))
 	for {
 		k, err := resp.Body.Read(text[len(text):cap(text)])
 		text = text[:len(text)+k]
@@ -300,7 +306,7 @@ func (n *Node) call(ctx context.Context, name, address, method, path string, bod
 			break
 		}
 		if err == nil && len(text) == cap(text) {
-			if len(text) >= maxBody {
+			if int64(len(text)) >= most {
 				err = errors.New("the answer is too long")
 			} else {
 				old := text
