@@ -151,6 +151,7 @@ func serveKMS(ctx context.Context, cfg kmsConfig, isDev bool) error {
 	if err != nil {
 		return err
 	}
+	boundMemory(log)
 	if err := checkState(cfg.StateDir, isDev); err != nil {
 		return err
 	}

@@ -1,6 +1,8 @@
 package store
 
 import (
+	"bytes"
+	"errors"
 	"fmt"
 	"math/rand/v2"
 	"slices"
@@ -176,4 +178,73 @@ func FuzzKeyAndValue(f *testing.F) {
 			t.Fatalf("%x: %q, %q, %v; want %q, %q", b, key, value, ok, kv.Key, kv.Value)
 		}
 	})
+}
+
+// TestScanDamaged: among many records, one that is damaged and one that stands in
+// another's place are refused by name, and the others are there.
+func TestScanDamaged(t *testing.T) {
+	s := open(t, t.TempDir())
+	ctx := t.Context()
+	codec := Sealed(JSON[vm](1), bound{})
+	vms, err := NewCollection(ctx, s, "vm", codec, byNameAndDisks(), DecodeOnRead[vm]())
+	if err != nil {
+		t.Fatal(err)
+	}
+	const n = 2*loadPage + 100
+	for from := 0; from < n; from += 1000 {
+		var ops []Op
+		for i := from; i < min(n, from+1000); i++ {
+			ops = append(ops, vms.Create(fmt.Sprintf("%05d", i), vm{Name: fmt.Sprint(i), Disks: []string{"same"}}))
+		}
+		commit(t, s, ops...)
+	}
+	other, err := codec.Encode("/vm/00001", vm{Name: "1"})
+	if err != nil {
+		t.Fatal(err)
+	}
+	for key, value := range map[string]string{"/vm/04100": "no record", "/vm/06000": string(other)} {
+		if _, err := s.client.Put(ctx, key, value); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if err := s.Sync(ctx); err != nil {
+		t.Fatal(err)
+	}
+	replace, err := vms.stage(s.scan(ctx, "/vm/", s.etcd.Server.KV().Rev()))
+	if err != nil {
+		t.Fatal(err)
+	}
+	s.cache.mu.Lock()
+	changed := replace()
+	s.cache.mu.Unlock()
+	if len(changed) > 0 {
+		t.Errorf("what was loaded differs from what the watch has brought: %v", changed)
+	}
+	if got := len(found(t, vms, term("disk", "same"))); got != n-2 {
+		t.Errorf("%d of %d records are found", got, n-2)
+	}
+	list, err := vms.List(ctx, "")
+	if len(list) != n-2 || !errors.Is(err, ErrDamaged) || !strings.Contains(err.Error(), "/vm/04100") || !strings.Contains(err.Error(), "/vm/06000") {
+		t.Errorf("%d of %d records, %v", len(list), n-2, err)
+	}
+	for _, key := range []string{"04100", "06000"} {
+		if _, err := vms.Get(ctx, key); !errors.Is(err, ErrDamaged) || !strings.Contains(err.Error(), "/vm/"+key) {
+			t.Errorf("%s: %v", key, err)
+		}
+	}
+}
+
+// bound seals nothing, and refuses what belongs to another place.
+type bound struct{}
+
+func (bound) Seal(plain, at []byte) ([]byte, error) {
+	return append(append(bytes.Clone(at), 0), plain...), nil
+}
+
+func (bound) Open(sealed, at []byte) ([]byte, error) {
+	plain, is := bytes.CutPrefix(sealed, append(bytes.Clone(at), 0))
+	if !is {
+		return nil, errors.New("it belongs to another place")
+	}
+	return bytes.Clone(plain), nil
 }
