@@ -44,8 +44,11 @@ type bitmap struct {
 	fresh [stripes]sync.RWMutex
 	mu    [stripes]sync.Mutex // held to set bits here and in live alike
 
-	// flush is held while durable bits are written.
+	// flush is held while durable bits are written. begun counts what persist has
+	// begun, and ended is the last of those that it ended well; flush protects ended.
 	flush sync.Mutex
+	begun atomic.Uint64
+	ended uint64
 	list  struct {
 		sync.Mutex
 		dirty []int64 // regions with bits that are not durable
@@ -135,9 +138,16 @@ func wordMask(n, w, from, to int64) uint64 {
 // persist makes the bits that are set durable, when syncData has made durable what
 // was written before: the order is copy the bits, sync the data, write that copy,
 // sync it. The caller takes a *syncError for final.
+//
+// Of several callers that wait for one, the first does it for all.
 func (b *bitmap) persist(syncData func() error) error {
+	before := b.begun.Load()
 	b.flush.Lock()
 	defer b.flush.Unlock()
+	if b.ended > before {
+		return nil // it began after this call, and so has what was written before
+	}
+	this := b.begun.Add(1)
 	copied, buf := b.take()
 	err := syncData()
 	if err == nil && len(copied) > 0 {
@@ -155,6 +165,7 @@ func (b *bitmap) persist(syncData func() error) error {
 		return err
 	}
 	b.list.spare = copied[:0]
+	b.ended = this
 	return nil
 }
 

@@ -2,6 +2,7 @@ package vdisk
 
 import (
 	"bytes"
+	"context"
 	"errors"
 	"io/fs"
 	"math/rand/v2"
@@ -11,7 +12,9 @@ import (
 	"slices"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"testing"
+	"time"
 
 	"mortise/internal/keysafe"
 )
@@ -226,6 +229,86 @@ func TestSnapshotsUnderLoad(t *testing.T) {
 	compare(t, d, model)
 	closeChain(t, d)
 	compare(t, openChain(t, path, o), model)
+}
+
+// Conversions, consolidations, snapshots and flushes at once, under a guest: links
+// come and go while others are rewritten.
+func TestEverythingAtOnce(t *testing.T) {
+	w := newWorld(t)
+	path := diskPath(t)
+	const workers, piece = 3, 1 << 20
+	create(t, path, w.spec(workers*piece, keysafe.KeyID{}))
+	o := w.chainOptions(t)
+	o.zone = 64 << 10
+	d := openChain(t, path, o)
+	model := make([]byte, workers*piece)
+	stop := make(chan struct{})
+	done := func() bool {
+		select {
+		case <-stop:
+			return true
+		default:
+			return false
+		}
+	}
+	var wg sync.WaitGroup
+	for i := range workers {
+		wg.Go(func() {
+			r := rand.New(rand.NewPCG(uint64(i), 99))
+			mine := model[i*piece:][:piece]
+			for !done() {
+				off := r.Int64N(piece/SectorSize) * SectorSize
+				b := randomBytes(r.Uint64(), min(piece-off, (1+r.Int64N(30))*SectorSize))
+				copy(mine[off:], b)
+				err := d.WriteAt(b, int64(i*piece)+off)
+				if err == nil {
+					err = d.ReadAt(b, int64(i*piece)+off)
+				}
+				if err == nil && !bytes.Equal(b, mine[off:][:len(b)]) {
+					err = errors.New("not what was written")
+				}
+				if err == nil && r.IntN(10) == 0 {
+					err = d.Flush(context.Background())
+				}
+				if err != nil {
+					t.Error(err)
+					return
+				}
+				d.Info()
+			}
+		})
+	}
+	var top atomic.Pointer[string] // what a VMX would say
+	top.Store(&path)
+	record := func(p string) error { top.Store(&p); return nil }
+	wg.Go(func() {
+		for range 12 {
+			if _, err := d.Snapshot(context.Background(), LinkSpec{Commit: record}); err != nil {
+				t.Error(err)
+			}
+			time.Sleep(5 * time.Millisecond)
+		}
+	})
+	for _, target := range []Target{{Kind: Encrypting, Key: kekA, Epoch: 1}, {Kind: Recrypting, Key: kekB}, {Kind: Decrypting}, {Kind: Encrypting, Key: kekA, Epoch: 9}} {
+		if err := d.Convert(t.Context(), target, nil); err != nil {
+			t.Fatal(err)
+		}
+		links := d.Links()
+		for _, l := range links[max(1, len(links)-3):] {
+			if err := d.Consolidate(t.Context(), MergeSpec{Link: l.Path, Commit: record}); err != nil && !errors.Is(err, ErrMissing) {
+				t.Fatal(err)
+			}
+		}
+	}
+	close(stop)
+	wg.Wait()
+	compare(t, d, model)
+	if err := d.ShallowRecrypt(t.Context(), kekB); err != nil {
+		t.Fatal(err)
+	}
+	closeChain(t, d)
+	o.Expect = Expect{Encrypted: true, Epoch: 9}
+	compare(t, openChain(t, *top.Load(), o), model)
 }
 
 // Two parts of one unit, and the whole of it, written at once to a link that lacks
