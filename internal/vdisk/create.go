@@ -29,6 +29,7 @@ type Spec struct {
 
 	parent    string // of a snapshot link: what its descriptor calls the parent
 	parentCID uint32
+	opens     uint64 // 0: what a crash leaves of it may be removed
 
 	fs fsys
 	at func(string)
@@ -103,7 +104,7 @@ func Create(ctx context.Context, path string, s Spec) (err error) {
 	}
 	o.at("create.extent")
 	if key != nil || delta {
-		st := &state{disk: s.UUID, size: s.Size, delta: delta, check: key.id()}
+		st := &state{disk: s.UUID, size: s.Size, delta: delta, opens: s.opens, check: key.id()}
 		if key != nil {
 			st.epoch = max(s.Epoch, 1)
 		}

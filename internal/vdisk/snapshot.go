@@ -59,7 +59,7 @@ func (c *Chain) Snapshot(ctx context.Context, s LinkSpec) (path string, err erro
 		return "", fmt.Errorf("%s: it has %d links, the most there can be: consolidate some", parent.path, maxLinks)
 	}
 	key, epoch := parent.birth(c.goal)
-	path, err = parent.makeLink(ctx, s.Path, key, epoch)
+	path, err = parent.makeLink(ctx, s.Path, key, epoch, 0)
 	if err != nil {
 		return "", err
 	}
@@ -144,8 +144,9 @@ func (d *Disk) birth(goal *Target) (keysafe.KeyID, uint64) {
 	return last(enc.KeySafe), enc.Epoch
 }
 
-// makeLink makes a link that stands on d.
-func (d *Disk) makeLink(ctx context.Context, path string, key keysafe.KeyID, epoch uint64) (string, error) {
+// makeLink makes a link that stands on d. One that counts no opening is removed if
+// its parent is opened for writing: Snapshot did not come to its end.
+func (d *Disk) makeLink(ctx context.Context, path string, key keysafe.KeyID, epoch, opens uint64) (string, error) {
 	if path == "" {
 		var err error
 		if path, err = nextLink(d.opts.fs, d.path); err != nil {
@@ -164,7 +165,7 @@ func (d *Disk) makeLink(ctx context.Context, path string, key keysafe.KeyID, epo
 	}
 	return path, Create(ctx, path, Spec{
 		Size: d.size, UUID: id, Adapter: adapter, VM: d.opts.VM, Key: key, KEKs: d.opts.KEKs, Epoch: epoch, Random: d.opts.Random,
-		parent: filepath.Base(d.path), parentCID: desc.CID(), fs: d.opts.fs, at: d.opts.at,
+		parent: filepath.Base(d.path), parentCID: desc.CID(), opens: opens, fs: d.opts.fs, at: d.opts.at,
 	})
 }
 
@@ -217,7 +218,7 @@ func Revert(ctx context.Context, path string, o Options, s LinkSpec) (string, er
 		}
 	}
 	key, epoch := d.birth(nil)
-	link, err := d.makeLink(ctx, s.Path, key, epoch)
+	link, err := d.makeLink(ctx, s.Path, key, epoch, 1)
 	if err != nil {
 		return "", err
 	}
@@ -264,7 +265,7 @@ func LinkedClone(ctx context.Context, base, path string, o Options, s CloneSpec)
 	adapter, _ := d.desc.Get("ddb.adapterType")
 	err = Create(ctx, path, Spec{
 		Size: d.size, UUID: s.UUID, Adapter: adapter, VM: s.VM, Key: key, KEKs: o.KEKs, Epoch: epoch, Random: o.Random,
-		parent: hint, parentCID: d.desc.CID(), fs: d.opts.fs, at: d.opts.at,
+		parent: hint, parentCID: d.desc.CID(), opens: 1, fs: d.opts.fs, at: d.opts.at,
 	})
 	if err == nil {
 		d.opts.Log.Info("linked clone made", "base", base, "clone", path)
