@@ -32,7 +32,7 @@ const GroupID = "client"
 // the verbs of that role, the client's are added to it.
 func Add(root *cobra.Command) {
 	all := []*cobra.Command{
-		loginCommand(), logoutCommand(), providerCommand(), policyCommand(), vmCommand(), taskCommand(), keyCommand(), diskCommand(),
+		loginCommand(), logoutCommand(), providerCommand(), policyCommand(), vmCommand(), taskCommand(), keyCommand(), diskCommand(), cryptoUtilCommand(),
 	}
 	hosts := hostVerbs()
 	host := child(root, "host")

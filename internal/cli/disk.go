@@ -34,7 +34,7 @@ bound to; the descriptor records which.`, `  mortise disk keygen -o vm1.key     
   mortise disk import old.qcow2 vm2.vmdk --key-file vm1.key     encrypt while importing
   mortise disk convert vm3.vmdk --encrypt --key-file vm1.key    encrypt in place
   mortise disk info vm1.vmdk                                    needs no key`,
-		diskKeygen(g), diskCreate(g), diskInfo(g), diskServe(g), diskConvert(g), diskCheck(g), diskImport(g), diskExport(g))
+		diskKeygen(g), diskCreate(g), diskInfo(g), diskServe(g), diskConvert(g), diskSnapshot(g), diskCheck(g), diskImport(g), diskExport(g))
 	f := c.PersistentFlags()
 	_ = f.MarkHidden("url") // of center, which these verbs do without
 	return c
@@ -87,9 +87,13 @@ func (d *diskFlags) bindExpect(f *pflag.FlagSet) {
 	f.Uint64Var(&d.epoch, "min-epoch", 0, "refuse a disk whose key is of an older epoch, as mortise disk info shows it")
 }
 
-// open opens a disk, with the keys that it names.
+// open opens a disk, with the keys that it names: the top that stands on the link at path.
 func (d *diskFlags) open(ctx context.Context, path string, readOnly bool, ring *keyring, log *slog.Logger) (volume, error) {
 	if err := secret.LockDown(); err != nil {
+		return nil, err
+	}
+	path, err := topOf(path)
+	if err != nil {
 		return nil, err
 	}
 	o, err := d.options(ctx, path, ring)
@@ -97,7 +101,7 @@ func (d *diskFlags) open(ctx context.Context, path string, readOnly bool, ring *
 		return nil, err
 	}
 	o.ReadOnly, o.Log = readOnly, log
-	v, err := vdisk.Open(ctx, path, o)
+	v, err := vdisk.OpenChain(ctx, path, o)
 	if err != nil {
 		return nil, err
 	}
@@ -110,7 +114,8 @@ func (d *diskFlags) options(ctx context.Context, path string, ring *keyring) (o 
 		return o, err
 	}
 	o.KEKs, o.Expect = ring, vdisk.Expect{Encrypted: d.encrypted, Epoch: d.epoch}
-	info, err := vdisk.Describe(path)
+	o.Live = liveFolder()
+	info, links, err := vdisk.DescribeChain(path, nil)
 	if err != nil {
 		// Open says what is wrong, and with the keys more than this.
 		if _, ferr := d.keys.loadFiles(ring); ferr != nil {
@@ -118,8 +123,10 @@ func (d *diskFlags) options(ctx context.Context, path string, ring *keyring) (o 
 		}
 		return o, err
 	}
-	if o.VM == uuid.Nil {
-		o.VM = info.VM
+	for _, l := range links {
+		if o.VM == uuid.Nil {
+			o.VM = l.VM
+		}
 	}
 	if !info.Encrypted {
 		if o.VM == uuid.Nil {
@@ -130,7 +137,11 @@ func (d *diskFlags) options(ctx context.Context, path string, ring *keyring) (o 
 	if o.VM == uuid.Nil {
 		return o, fmt.Errorf("%s: it is encrypted and does not record which VM it belongs to: give --vm with the UUID of that VM (uuid.bios in its VMX)", path)
 	}
-	return o, d.keys.open(ctx, ring, path, info.Keys, info.TargetKeys)
+	var groups [][]keysafe.KeyID
+	for _, l := range links {
+		groups = append(groups, l.Keys, l.TargetKeys)
+	}
+	return o, d.keys.open(ctx, ring, path, groups...)
 }
 
 func (d *diskFlags) parseVM() (uuid.UUID, error) {
@@ -289,7 +300,12 @@ JSON: {"path", "extent", "uuid", "vm", "size", "allocated", "encrypted", "cipher
 
 // diskInfo prints a disk, after a word about what was done to it.
 func (s *streams) diskInfo(path, done string) error {
-	i, err := vdisk.Describe(path)
+	named := path
+	path, err := topOf(path)
+	if err != nil {
+		return err
+	}
+	i, links, err := vdisk.DescribeChain(path, nil)
 	if err != nil {
 		return err
 	}
@@ -297,6 +313,12 @@ func (s *streams) diskInfo(path, done string) error {
 		return s.printJSON(newDiskState(i))
 	}
 	s.say("%s%s: %s, %s on storage", done, clean(path), size(i.Size), size(i.Allocated))
+	if path != named {
+		s.say("  top         of what stands on %s", clean(named))
+	}
+	if n := len(links); n > 1 {
+		s.say("  links       %d, from %s up", n, clean(filepath.Base(links[0].Path)))
+	}
 	s.say("  disk        %s", i.UUID)
 	if i.VM != uuid.Nil {
 		s.say("  VM          %s", i.VM)

@@ -5,6 +5,7 @@ import (
 	"encoding/hex"
 	"errors"
 	"fmt"
+	"log/slog"
 	"path/filepath"
 
 	"github.com/spf13/cobra"
@@ -32,7 +33,7 @@ Exits with an error when something is wrong.
 ` + keysHelp + `
 
 JSON: {"disk", "whole", "findings": [{"what", "result" (right, wrong, not proven),
-"said"}], "read", "bad": [{"offset", "length"}], "sha256"}.`,
+"said"}], "read", "bad": [{"link", "offset", "length"}], "sha256"}.`,
 		Example: `  mortise disk check vm1.vmdk --key-file vm1.key --read
   mortise disk check vm1.vmdk`,
 		Args: needs("DISK.vmdk"),
@@ -64,43 +65,51 @@ type checkFinding struct {
 }
 
 type badRange struct {
-	Offset int64 `json:"offset"`
-	Length int64 `json:"length"`
+	Link   string `json:"link"`
+	Offset int64  `json:"offset"`
+	Length int64  `json:"length"`
 }
 
 func (s *streams) checkDisk(ctx context.Context, path string, d *diskFlags, read, hash bool) error {
 	if err := secret.LockDown(); err != nil {
 		return err
 	}
+	path, err := topOf(path)
+	if err != nil {
+		return err
+	}
 	ring := newKeyring()
 	defer ring.wipe()
 	o := vdisk.CheckOptions{Read: read, Hash: hash}
 	if len(d.keys.Files) > 0 || len(d.keys.KMIP) > 0 || read || hash {
-		var err error
 		if o.Options, err = d.options(ctx, path, ring); err != nil && !errors.As(err, new(*vdisk.Error)) {
 			return err // a damaged disk is Check's to tell
 		}
 	}
-	p := s.progress("checking " + filepath.Base(path))
-	o.Report = func(done, total int64) { p.update(state{done: done, total: total}) }
-	r, err := vdisk.Check(ctx, path, o)
-	p.end(err == nil && (read || hash))
-	if err != nil {
-		return err
+	v := checkedDisk{Disk: path, Whole: true, Findings: []checkFinding{}, Bad: []badRange{}}
+	links := []vdisk.Info{{Path: path}}
+	if _, all, err := vdisk.DescribeChain(path, nil); err == nil {
+		links = all
 	}
-	v := checkedDisk{Disk: path, Whole: r.Whole(), Read: r.Read, SHA256: hex.EncodeToString(r.Hash), Findings: []checkFinding{}, Bad: []badRange{}}
-	for _, f := range r.Findings {
-		c := checkFinding{f.What, "right", f.Said}
-		switch {
-		case f.Err != nil:
-			c.Result, c.Said = "wrong", f.Err.Error()
-		case f.Open:
-			c.Result = "not proven"
+	for _, l := range links {
+		if err := s.checkLink(ctx, l.Path, len(links) > 1, o, &v); err != nil {
+			return err
 		}
-		v.Findings = append(v.Findings, c)
 	}
-	for _, b := range r.Bad {
-		v.Bad = append(v.Bad, badRange{b.Off, b.Len})
+	if len(links) > 1 && v.Whole && o.KEKs != nil {
+		c, err := d.open(ctx, path, true, ring, s.logger(slog.LevelError))
+		if err != nil {
+			v.Whole = false
+			v.Findings = append(v.Findings, checkFinding{"chain", "wrong", err.Error()})
+		} else {
+			v.Findings = append(v.Findings, checkFinding{"chain", "right", fmt.Sprintf("%d links fit together", len(links))})
+			if v.SHA256, err = s.hashVolume(ctx, c, hash); err == nil {
+				err = c.Close()
+			}
+			if err != nil {
+				return err
+			}
+		}
 	}
 	if s.json {
 		if err := s.printJSON(v); err != nil {
@@ -115,6 +124,38 @@ func (s *streams) checkDisk(ctx context.Context, path string, d *diskFlags, read
 	return nil
 }
 
+// checkLink adds what is found of one link.
+func (s *streams) checkLink(ctx context.Context, path string, several bool, o vdisk.CheckOptions, v *checkedDisk) error {
+	name := ""
+	if several {
+		name, o.Read, o.Hash = filepath.Base(path)+": ", o.Read || o.Hash, false
+	}
+	p := s.progress("checking " + filepath.Base(path))
+	o.Report = func(done, total int64) { p.update(state{done: done, total: total}) }
+	r, err := vdisk.Check(ctx, path, o)
+	p.end(err == nil && (o.Read || o.Hash))
+	if err != nil {
+		return err
+	}
+	v.Whole = v.Whole && r.Whole()
+	v.Read += r.Read
+	v.SHA256 = hex.EncodeToString(r.Hash)
+	for _, f := range r.Findings {
+		c := checkFinding{name + f.What, "right", f.Said}
+		switch {
+		case f.Err != nil:
+			c.Result, c.Said = "wrong", f.Err.Error()
+		case f.Open:
+			c.Result = "not proven"
+		}
+		v.Findings = append(v.Findings, c)
+	}
+	for _, b := range r.Bad {
+		v.Bad = append(v.Bad, badRange{path, b.Off, b.Len})
+	}
+	return nil
+}
+
 func (s *streams) sayChecked(v checkedDisk, read bool) {
 	for _, f := range v.Findings {
 		s.say("%-10s  %s: %s", f.Result, f.What, clean(f.Said))
@@ -123,7 +164,7 @@ func (s *streams) sayChecked(v checkedDisk, read bool) {
 		s.say("%-10s  sectors: all that have content can be read, %s", "right", size(v.Read))
 	}
 	for _, b := range v.Bad {
-		s.say("%-10s  sectors: %d bytes at %d cannot be read", "wrong", b.Length, b.Offset)
+		s.say("%-10s  sectors: %d bytes at %d of %s cannot be read", "wrong", b.Length, b.Offset, clean(b.Link))
 	}
 	if v.SHA256 != "" {
 		s.say("sha256      %s", v.SHA256)

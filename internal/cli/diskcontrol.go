@@ -26,13 +26,16 @@ import (
 const maxControl = 64 << 10
 
 type controlRequest struct {
-	Disk    string          `json:"disk"` // absolute: a request for another disk is refused
-	Convert *convertRequest `json:"convert,omitempty"`
+	Disk     string          `json:"disk"` // absolute: a request for another disk is refused
+	Convert  *convertRequest `json:"convert,omitempty"`
+	Snapshot bool            `json:"snapshot,omitempty"`
+	Merge    string          `json:"merge,omitempty"` // a link, with its parent
 }
 
 type controlAnswer struct {
 	Progress *vdisk.Progress `json:"progress,omitempty"`
 	Done     bool            `json:"done,omitempty"`
+	Top      string          `json:"top,omitempty"` // descriptor of the top link, with Done
 	Error    string          `json:"error,omitempty"`
 }
 
@@ -113,23 +116,36 @@ func (j *diskJob) answer(ctx context.Context, c net.Conn) error {
 	if err != nil {
 		return out.Encode(controlAnswer{Error: err.Error()})
 	}
-	return out.Encode(controlAnswer{Done: true})
+	return out.Encode(controlAnswer{Done: true, Top: j.volume.Info().Path})
 }
 
 func (j *diskJob) do(ctx context.Context, r controlRequest, report func(vdisk.Progress)) error {
-	mine, err := os.Stat(j.path)
+	mine, err := os.Stat(j.volume.Info().Extent)
 	if err != nil {
 		return err
 	}
-	theirs, err := os.Stat(r.Disk)
-	if err != nil || !os.SameFile(mine, theirs) {
+	top, err := topOf(r.Disk)
+	if err != nil {
+		return err
+	}
+	i, err := vdisk.Describe(top)
+	if err != nil {
+		return err
+	}
+	if theirs, err := os.Stat(i.Extent); err != nil || !os.SameFile(mine, theirs) {
 		return fmt.Errorf("this socket is of %s, and the request is for %s", j.path, r.Disk)
 	}
-	switch {
+	if j.readOnly {
+		return fmt.Errorf("%s is served with --read-only: it cannot be changed", j.path)
+	}
+	switch chain, ok := j.volume.(*vdisk.Chain); {
+	case r.Snapshot && ok:
+		_, err := chain.Snapshot(ctx, vdisk.LinkSpec{})
+		return err
+	case r.Merge != "" && ok:
+		return chain.Consolidate(ctx, vdisk.MergeSpec{Link: filepath.Base(r.Merge), Commit: func(string) error { return nil }})
 	case r.Convert == nil:
 		return errors.New("the request asks for nothing that this version knows")
-	case j.readOnly:
-		return fmt.Errorf("%s is served with --read-only: it cannot be converted", j.path)
 	}
 	if _, err := parseConversion(string(r.Convert.Kind)); err != nil {
 		return err
@@ -138,48 +154,40 @@ func (j *diskJob) do(ctx context.Context, r controlRequest, report func(vdisk.Pr
 	return convertVolume(ctx, j.volume, j.ring, *r.Convert, report)
 }
 
-// convertServed has the serve behind a control socket convert its disk.
-func (s *streams) convertServed(ctx context.Context, path, socket string, r convertRequest) error {
-	var err error
-	if path, err = filepath.Abs(path); err != nil {
-		return err
-	}
-	if err := r.Keys.absolute(); err != nil {
-		return err
+// askServed has the serve behind a control socket do something to its disk.
+func (s *streams) askServed(ctx context.Context, path, socket string, r controlRequest, report func(vdisk.Progress)) (a controlAnswer, err error) {
+	if r.Disk, err = filepath.Abs(path); err != nil {
+		return a, err
 	}
 	c, err := (&net.Dialer{}).DialContext(ctx, "unix", socket)
 	if err != nil {
-		return fmt.Errorf("--socket: %w; is mortise disk serve running? It names its control socket", err)
+		return a, fmt.Errorf("--socket: %w; is mortise disk serve running? It names its control socket", err)
 	}
 	defer c.Close()
-	var cut sync.Once
 	stop := context.AfterFunc(ctx, func() { // half of it: the answer, that it has stopped, still comes
-		cut.Do(func() { _ = c.(*net.UnixConn).CloseWrite() })
+		_ = c.(*net.UnixConn).CloseWrite()
 	})
 	defer stop()
-	if err := json.NewEncoder(c).Encode(controlRequest{Disk: path, Convert: &r}); err != nil {
-		return err
+	if err := json.NewEncoder(c).Encode(r); err != nil {
+		return a, err
 	}
-	p, report := s.diskProgress(string(r.Kind) + " " + filepath.Base(path))
 	in := json.NewDecoder(c)
 	for {
-		var a controlAnswer
+		a = controlAnswer{}
 		if err := in.Decode(&a); err != nil {
-			p.end(false)
-			return fmt.Errorf("the serve behind %s ended in the middle: %w; what it did is durable, go on when it is back", socket, err)
+			return a, fmt.Errorf("the serve behind %s ended in the middle: %w; what it did is durable, go on when it is back", socket, err)
 		}
 		switch {
 		case a.Progress != nil:
-			report(*a.Progress)
-		case a.Done:
-			p.end(r.Kind != doShallow)
-			return nil
-		default:
-			p.end(false)
-			if ctx.Err() != nil {
-				return ctx.Err()
+			if report != nil {
+				report(*a.Progress)
 			}
-			return errors.New(a.Error)
+		case a.Done:
+			return a, nil
+		case ctx.Err() != nil:
+			return a, ctx.Err()
+		default:
+			return a, errors.New(a.Error)
 		}
 	}
 }

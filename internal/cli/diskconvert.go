@@ -75,7 +75,13 @@ func convertVolume(ctx context.Context, v volume, ring *keyring, r convertReques
 		if r.Kind == doCancel {
 			return v.Cancel(ctx, report)
 		}
-		return v.Resume(ctx, report)
+		if err := v.Resume(ctx, report); err != nil {
+			return err
+		}
+		if i := v.Info(); i.Conversion != vdisk.NotConverting {
+			return fmt.Errorf("%s: that link is done, others are not: go on with --encrypt or --decrypt, whichever is meant", i.Path)
+		}
+		return nil
 	case doShallow:
 		to, err := r.Keys.newKey(ctx, ring)
 		if err != nil {
@@ -84,22 +90,19 @@ func convertVolume(ctx context.Context, v volume, ring *keyring, r convertReques
 		return v.ShallowRecrypt(ctx, to)
 	}
 	t := vdisk.Target{Kind: r.Kind.kind()}
+	var err error
 	switch {
 	case i.Conversion == t.Kind && len(i.TargetKeys) > 0: // its key is among those that opened the disk
 		t.Key = i.TargetKeys[0]
-	case i.Conversion != vdisk.NotConverting:
-	case r.Kind == doEncrypt && i.Encrypted:
-		return fmt.Errorf("%s: it is encrypted already, by key %s; --recrypt gives it another data key, --shallow another KEK", i.Path, i.Keys[0])
+	case r.Kind == doEncrypt && i.Encrypted && i.Conversion == vdisk.NotConverting:
+		err = fmt.Errorf("%s: it is encrypted already, by key %s; --recrypt gives it another data key, --shallow another KEK", i.Path, i.Keys[0])
 	case r.Kind == doEncrypt:
-		var err error
-		if t.Key, err = r.Keys.target(ctx, ring); err != nil {
-			return err
-		}
+		t.Key, err = r.Keys.target(ctx, ring)
 	case r.Kind == doRecrypt:
-		var err error
-		if t.Key, err = r.Keys.newKey(ctx, ring); err != nil {
-			return err
-		}
+		t.Key, err = r.Keys.newKey(ctx, ring)
+	}
+	if err != nil {
+		return err
 	}
 	return v.Convert(ctx, t, report)
 }
@@ -181,7 +184,12 @@ JSON: {"path", …} as mortise disk info, with "seconds", when it is done; or fo
 			}
 			begun := time.Now()
 			if socket != "" {
-				err = s.convertServed(cmd.Context(), args[0], socket, r)
+				if err := r.Keys.absolute(); err != nil {
+					return err
+				}
+				p, report := s.diskProgress(string(r.Kind) + " " + filepath.Base(args[0]))
+				_, err = s.askServed(cmd.Context(), args[0], socket, controlRequest{Convert: &r}, report)
+				p.end(err == nil && r.Kind != doShallow)
 			} else {
 				err = s.convertCold(cmd.Context(), args[0], &d, r)
 			}
@@ -222,7 +230,10 @@ func (s *streams) convertCold(ctx context.Context, path string, d *diskFlags, r 
 
 // sayStopped tells how to go on with a conversion that did not end.
 func (s *streams) sayStopped(ctx context.Context, path, socket string, err error) error {
-	i, derr := vdisk.Describe(path)
+	if top, terr := topOf(path); terr == nil {
+		path = top
+	}
+	i, _, derr := vdisk.DescribeChain(path, nil)
 	if derr != nil || i.Conversion == vdisk.NotConverting {
 		if ctx.Err() != nil && errors.Is(err, context.Canceled) {
 			return ctx.Err()
@@ -250,7 +261,11 @@ func (s *streams) converted(path string, kind conversionKind, took time.Duration
 	if !s.json {
 		return s.diskInfo(path, map[conversionKind]string{doEncrypt: "Encrypted ", doDecrypt: "Decrypted ", doRecrypt: "Recrypted ", doShallow: "Recrypted ", doResume: "Done: ", doCancel: "Back: "}[kind])
 	}
-	i, err := vdisk.Describe(path)
+	path, err := topOf(path)
+	if err != nil {
+		return err
+	}
+	i, _, err := vdisk.DescribeChain(path, nil)
 	if err != nil {
 		return err
 	}
