@@ -231,7 +231,7 @@ func (v *exportVerifier) begin(n int, m Marks) error {
 	x.w.next, x.w.chain, x.r.First = b.Sequence, hash(b.Before), b.Sequence
 	at, chain := uint64(1), chainStart(b.Log)
 	for _, t := range m.Tombstones {
-		if t.First != at || string(t.Before) != string(chain[:]) || !t.valid() || !x.w.trusts(t.Key) || string(t.Log) != string(b.Log) {
+		if t.First != at || t.Last < at || len(t.After) != len(hash{}) || string(t.Before) != string(chain[:]) || !t.valid() || !x.w.trusts(t.Key) || string(t.Log) != string(b.Log) {
 			x.say(n, Forged, t.First, "the tombstone of entries %d to %d is not what the log had there, or its signature is wrong", t.First, t.Last)
 			continue
 		}

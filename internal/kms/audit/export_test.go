@@ -201,6 +201,12 @@ func TestExportAfterRemoval(t *testing.T) {
 	if r := export(Marks{Begin: &b, Tombstones: other})[0]; r.OK() {
 		t.Error("a changed tombstone is not found")
 	}
+	other = slices.Clone(stones)
+	other[0].After = other[0].After[:5]
+	other[0].sign(testKey(t))
+	if r := export(Marks{Begin: &b, Tombstones: other})[0]; r.OK() {
+		t.Error("a tombstone that makes no sense is not found")
+	}
 }
 
 func FuzzVerifyExport(f *testing.F) {

@@ -104,11 +104,11 @@ func (n *Node) letIn(ctx context.Context, req joinRequest) (*joinAnswer, error) 
 	have, err := st.members.Get(ctx, req.Name)
 	switch {
 	case errors.Is(err, store.ErrNotFound):
-		_, err = n.store.Commit(ctx, st.members.Create(req.Name, record))
+		err = n.kms.CommitAct(ctx, "member join", req.Name, st.members.Create(req.Name, record))
 	case err == nil && have.Value.ID != learner.ID:
 		err = fmt.Errorf("%w: %s", ErrMemberExists, req.Name)
 	case err == nil:
-		_, err = n.store.Commit(ctx, st.members.Update(req.Name, have.Revision, record))
+		err = n.kms.CommitAct(ctx, "member join", req.Name, st.members.Update(req.Name, have.Revision, record))
 	}
 	if err != nil {
 		return nil, fmt.Errorf("cluster: entering the new member in the list: %w", err)

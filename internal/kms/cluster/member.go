@@ -175,7 +175,7 @@ func (n *Node) Invite(ctx context.Context, name string, life time.Duration) (Tok
 		return Token{}, err
 	}
 	r := t.Record()
-	if _, err := n.store.Commit(ctx, st.tokens.Create(hex.EncodeToString(r.SecretHash), r)); err != nil {
+	if err := n.kms.CommitAct(ctx, "member invite", name, st.tokens.Create(hex.EncodeToString(r.SecretHash), r)); err != nil {
 		return Token{}, fmt.Errorf("cluster: keeping the join token: %w", err)
 	}
 	n.log.Info("join token made", "member", name, "until", t.Expires)
@@ -222,7 +222,7 @@ func (n *Node) Remove(ctx context.Context, name string) error {
 			ops = append(ops, st.tokens.Delete(t.Key, 0))
 		}
 	}
-	if _, err := n.store.Commit(ctx, ops...); err != nil && !errors.Is(err, store.ErrNotFound) {
+	if err := n.kms.CommitAct(ctx, "member remove", name, ops...); err != nil && !errors.Is(err, store.ErrNotFound) {
 		return fmt.Errorf("cluster: removing member %s: %w", name, err)
 	}
 	n.log.Info("member removed", "member", name, "id", store.IDString(e.Value.ID))
