@@ -40,6 +40,18 @@ func Build(dir string) (string, error) {
 	return bin, nil
 }
 
+// BuildHelper makes the program that PKCS#11 tokens are reached by, in dir, and
+// returns its path.
+func BuildHelper(dir string) (string, error) {
+	bin := filepath.Join(dir, "mortise-pkcs11")
+	cmd := exec.Command("go", "build", "-o", bin, "mortise/cmd/mortise-pkcs11")
+	cmd.Env = append(os.Environ(), "CGO_ENABLED=1")
+	if out, err := cmd.CombinedOutput(); err != nil {
+		return "", fmt.Errorf("building mortise-pkcs11: %w\n%s", err, out)
+	}
+	return bin, nil
+}
+
 // A Server is a key server: its files, and its process while it runs.
 type Server struct {
 	Binary   string
@@ -47,6 +59,10 @@ type Server struct {
 	StateDir string
 	Address  string // KMIP
 	Socket   string // of the administrator
+	// Args are further ones for serve, and NoPassphrase leaves out the file of
+	// the passphrase. Both are for the next start.
+	Args         []string
+	NoPassphrase bool
 
 	certificate *x509.Certificate
 	log         output
@@ -115,8 +131,38 @@ func (s *Server) CA() string { return s.in("ca.pem") }
 
 // Start runs the server and returns when it serves.
 func (s *Server) Start(ctx context.Context) error {
-	s.cmd = exec.Command(s.Binary, "kms", "serve", "--state-dir", s.StateDir, "--listen", s.Address, "--admin-socket", s.Socket,
-		"--admin-listen", "", "--passphrase-file", s.in("passphrase"), "--tls-cert", s.in("kms.pem"), "--tls-key", s.in("kms.pem"))
+	if err := s.Launch(); err != nil {
+		return err
+	}
+	return s.await(ctx, "tcp", s.Address)
+}
+
+// StartLocked runs the server and returns when administrators reach it, also while
+// it serves no client.
+func (s *Server) StartLocked(ctx context.Context) error {
+	if err := s.Launch(); err != nil {
+		return err
+	}
+	return s.await(ctx, "unix", s.Socket)
+}
+
+// Serves returns when a server that runs serves clients.
+func (s *Server) Serves(ctx context.Context) error { return s.await(ctx, "tcp", s.Address) }
+
+// PassphraseFile has what seals the root keys.
+func (s *Server) PassphraseFile() string { return s.in("passphrase") }
+
+// PID is of the process that runs, or ran last.
+func (s *Server) PID() int { return s.cmd.Process.Pid }
+
+// Launch runs the server and does not wait for anything.
+func (s *Server) Launch() error {
+	args := []string{"kms", "serve", "--state-dir", s.StateDir, "--listen", s.Address, "--admin-socket", s.Socket,
+		"--admin-listen", "", "--tls-cert", s.in("kms.pem"), "--tls-key", s.in("kms.pem")}
+	if !s.NoPassphrase {
+		args = append(args, "--passphrase-file", s.in("passphrase"))
+	}
+	s.cmd = exec.Command(s.Binary, append(args, s.Args...)...)
 	s.cmd.Stdout, s.cmd.Stderr = &s.log, &s.log
 	if err := s.cmd.Start(); err != nil {
 		return err
@@ -126,8 +172,12 @@ func (s *Server) Start(ctx context.Context) error {
 		s.err = cmd.Wait()
 		close(ended)
 	}(s.cmd, s.ended)
+	return nil
+}
+
+func (s *Server) await(ctx context.Context, network, address string) error {
 	for deadline := time.Now().Add(wait); ; time.Sleep(20 * time.Millisecond) {
-		if c, err := net.Dial("tcp", s.Address); err == nil {
+		if c, err := net.Dial(network, address); err == nil {
 			c.Close()
 			return nil
 		}

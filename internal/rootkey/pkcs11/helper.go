@@ -20,6 +20,7 @@ type helper struct {
 	exited chan struct{} // closed once err is set
 	err    error
 	once   sync.Once
+	said   *lines
 }
 
 // startHelper starts the helper. What it and the vendor's library write to
@@ -39,7 +40,8 @@ func startHelper(cfg Config, log *slog.Logger) (*helper, error) {
 	if err != nil {
 		return nil, errors.Join(err, inR.Close(), inW.Close())
 	}
-	h.cmd.Stdin, h.cmd.Stdout, h.cmd.Stderr = inR, outW, &lines{log: log}
+	h.said = &lines{log: log}
+	h.cmd.Stdin, h.cmd.Stdout, h.cmd.Stderr = inR, outW, h.said
 	h.cmd.WaitDelay = time.Second
 	err = h.cmd.Start()
 	inR.Close()
@@ -65,11 +67,16 @@ func (h *helper) ended() bool {
 	}
 }
 
+// why it ended, with the last that it said.
 func (h *helper) why() error {
-	if h.err == nil {
-		return errors.New("it ended by itself")
+	err := h.err
+	if err == nil {
+		err = errors.New("it ended by itself")
 	}
-	return h.err
+	if h.said.last != "" {
+		err = fmt.Errorf("%w; it said: %s", err, h.said.last)
+	}
+	return err
 }
 
 // exchange makes one request. After an error the helper is of no use: an answer
@@ -124,13 +131,15 @@ func (h *helper) stop() {
 type lines struct {
 	log  *slog.Logger
 	line []byte
+	last string // whole line; to be read once the process has ended
 }
 
 func (l *lines) Write(b []byte) (int, error) {
 	for _, c := range b {
 		switch {
 		case c == '\n':
-			l.log.Warn("pkcs11: the helper says", "text", string(l.line))
+			l.last = string(l.line)
+			l.log.Warn("pkcs11: the helper says", "text", l.last)
 			l.line = l.line[:0]
 		case len(l.line) < 1024:
 			l.line = append(l.line, c)
