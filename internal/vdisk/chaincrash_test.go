@@ -441,6 +441,7 @@ func (x *chainTorture) run(crashes int) error {
 	if x.bug != nil {
 		x.bug(x)
 	}
+	cut := false // there was a power cut since the last check
 	for range crashes {
 		x.fs.left = x.r.IntN(120)
 		for {
@@ -459,7 +460,6 @@ func (x *chainTorture) run(crashes int) error {
 			}
 			break
 		}
-		cut := false // one of the crashes was a power cut
 		for {
 			x.d, x.fs.left = nil, -1
 			power := x.r.IntN(2) > 0
@@ -483,9 +483,13 @@ func (x *chainTorture) run(crashes int) error {
 			continue
 		}
 		x.merged()
-		if err := x.check(cut); err != nil && !x.fs.crashed {
-			return err
+		if err := x.check(cut); err != nil {
+			if !x.fs.crashed {
+				return err
+			}
+			continue
 		}
+		cut = false
 	}
 	return nil
 }

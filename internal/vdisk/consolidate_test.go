@@ -10,6 +10,7 @@ import (
 	"strings"
 	"sync"
 	"testing"
+	"time"
 
 	"mortise/internal/keysafe"
 )
@@ -166,6 +167,7 @@ func TestConsolidateUnderLoad(t *testing.T) {
 					t.Errorf("a guest does not see its own write: %v", err)
 					return
 				}
+				time.Sleep(200 * time.Microsecond)
 			}
 		})
 	}
