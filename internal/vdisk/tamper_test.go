@@ -88,6 +88,33 @@ func TestTampering(t *testing.T) {
 		}
 	}
 
+	// graft puts lines of another file that begin so in the place of the same lines.
+	graft := func(from string, prefixes ...string) func(t *testing.T, dir string) {
+		return func(t *testing.T, dir string) {
+			b, err := os.ReadFile(filepath.Join(dir, from))
+			if err != nil {
+				t.Fatal(err)
+			}
+			for _, p := range prefixes {
+				for _, l := range strings.SplitAfter(string(b), "\n") {
+					if strings.HasPrefix(l, p) {
+						edit("vm.vmdk", line(p, l))(t, dir)
+					}
+				}
+			}
+		}
+	}
+	twice := func(prefix string) func(string) string {
+		return func(s string) string {
+			for _, l := range strings.SplitAfter(s, "\n") {
+				if strings.HasPrefix(l, prefix) {
+					return strings.Replace(s, l, l+l, 1)
+				}
+			}
+			return s
+		}
+	}
+
 	// The folder has vm.vmdk, and other.vmdk of the same VM and size. old.* are
 	// vm.vmdk's files of one epoch earlier, mid.* and midre.* of the middle of its
 	// encryption and of its deep recrypt.
@@ -135,6 +162,50 @@ func TestTampering(t *testing.T) {
 		{name: "key safe twice", attack: edit("vm.vmdk", func(s string) string {
 			return s + "encryption.keySafe = \"" + strings.Split(strings.Split(s, "encryption.keySafe = \"")[1], "\"")[0] + "\"\n"
 		}), kind: ErrTampered, file: "vm.vmdk"},
+		{name: "key safe of another disk", attack: graft("other.vmdk", "encryption.keySafe = "), kind: ErrTampered, file: "vm.vmdk"},
+		{name: "key safe and MAC of another disk", attack: graft("other.vmdk", "encryption.keySafe = ", "encryption.mac"), kind: ErrTampered, file: "vm.vmdk"},
+		{name: "all of another disk's encryption, under this one's UUID", attack: graft("other.vmdk", "encryption.keySafe = ", "encryption.mac", "encryption.epoch", "encryption.generation"), kind: ErrTampered, file: "vm.vmdk"},
+		{name: "key safe of an older epoch", attack: graft("old.vmdk", "encryption.keySafe = "), kind: ErrTampered, file: "vm.vmdk"},
+		{name: "key safe and MAC of an older epoch", attack: graft("old.vmdk", "encryption.keySafe = ", "encryption.mac"), kind: ErrTampered, file: "vm.vmdk"},
+		{name: "the key safe that was coming, of the middle of a recrypt", attack: func(t *testing.T, dir string) {
+			b, err := os.ReadFile(filepath.Join(dir, "midre.vmdk"))
+			if err != nil {
+				t.Fatal(err)
+			}
+			i := strings.Index(string(b), "encryption.keySafe.target")
+			edit("vm.vmdk", func(s string) string { return s + string(b[i:][:strings.Index(string(b[i:]), "\n")+1]) })(t, dir)
+		}, kind: ErrTampered, file: "vm.vmdk"},
+		{name: "MAC deleted", attack: edit("vm.vmdk", line("encryption.mac", "")), kind: ErrTampered, file: "vm.vmdk"},
+		{name: "MAC emptied", attack: edit("vm.vmdk", line("encryption.mac", "encryption.mac = \"\"\n")), kind: ErrTampered, file: "vm.vmdk"},
+		{name: "generation raised", attack: edit("vm.vmdk", line("encryption.generation", "encryption.generation = \"99\"\n")), kind: ErrTampered, file: "vm.vmdk"},
+		{name: "cipher twice", attack: edit("vm.vmdk", twice("encryption.cipher")), kind: ErrTampered, file: "vm.vmdk"},
+		{name: "epoch twice", attack: edit("vm.vmdk", twice("encryption.epoch")), kind: ErrTampered, file: "vm.vmdk"},
+		{name: "extent twice", attack: edit("vm.vmdk", twice("RW ")), kind: ErrTampered, file: "vm.vmdk"},
+		{name: "UUID twice", attack: edit("vm.vmdk", twice("ddb.uuid")), kind: ErrTampered, file: "vm.vmdk"},
+		{name: "UUID changed", attack: graft("other.vmdk", "ddb.uuid"), kind: ErrTampered, file: "vm.vmdk"},
+		{name: "extent type that of clear data", attack: edit("vm.vmdk", func(s string) string { return strings.Replace(s, "XTSFLAT", "FLAT", 1) }), kind: ErrTampered, file: "vm.vmdk"},
+		{name: "made a snapshot link", attack: edit("vm.vmdk", func(s string) string {
+			return strings.NewReplacer("XTSFLAT", "XTSDELTA", "mortiseFlat", "mortiseDelta").Replace(s)
+		}), kind: ErrTampered, file: "vm.vmdk"},
+		{name: "descriptor cut in the middle", attack: edit("vm.vmdk", func(s string) string { return s[:len(s)/2] }), kind: ErrTampered, file: "vm.vmdk"},
+		{name: "descriptor emptied", attack: edit("vm.vmdk", func(string) string { return "" }), kind: ErrTampered, file: "vm.vmdk"},
+		{name: "the VM that it is for edited, opened by that", attack: edit("vm.vmdk", line("ddb.mortise.vm", "ddb.mortise.vm = \"11111111-2222-3333-4444-555555555555\"\n")), vm: uuid.MustParse("11111111-2222-3333-4444-555555555555"), kind: ErrTampered, file: "vm.vmdk"},
+		{name: "state file cut", attack: edit("vm-flat.vmdk.state", func(s string) string { return s[:100] }), kind: ErrState, file: "vm-flat.vmdk.state"},
+		{name: "state of the middle of its recrypt", attack: copyIn("midre-flat.vmdk.state", "vm-flat.vmdk.state"), kind: ErrState, file: "vm-flat.vmdk.state"},
+		{name: "state of the middle of its encryption", attack: copyIn("mid-flat.vmdk.state", "vm-flat.vmdk.state"), kind: ErrState, file: "vm-flat.vmdk.state"},
+		{name: "the middle of its recrypt with the boundary forged", attack: both(copyIn("midre.vmdk", "vm.vmdk"), copyIn("midre-flat.vmdk.state", "vm-flat.vmdk.state"), edit("vm-flat.vmdk.state", func(s string) string {
+			for n := range int64(2) {
+				if st, err := decodeSlot(strings.NewReader(s), n); err == nil {
+					st.boundary, st.hot, st.hotLen, st.sums = size/2, 0, 0, nil
+					h, _ := st.encode(nil, nil)
+					copy(h[offMAC:], st.mac[:])
+					copy(h[offTargetMAC:], st.targetMAC[:])
+					putChecksum(h)
+					s = s[:n*headerStride] + string(h) + s[n*headerStride+headerSize:]
+				}
+			}
+			return s
+		})), kind: ErrState, file: "vm-flat.vmdk.state"},
 		{name: "descriptor made that of a disk in clear", attack: edit("vm.vmdk", asClear), expect: full, kind: ErrNotEncrypted, file: "vm.vmdk"},
 		{name: "the same, nothing expected", attack: edit("vm.vmdk", asClear), kind: ErrTampered, file: "vm.vmdk"},
 		{name: "the same, state file deleted too", attack: both(edit("vm.vmdk", asClear), remove("vm-flat.vmdk.state")), expect: full, kind: ErrNotEncrypted, file: "vm.vmdk"},
