@@ -104,7 +104,7 @@ func twice(before []Op, at string, seen map[string]bool) bool {
 	return is
 }
 
-// compare is o's condition as etcd has it; nil for none.
+// compare is o's condition as etcd has it.
 func (o *Op) compare() *pb.Compare {
 	key := []byte(o.at)
 	switch o.need {

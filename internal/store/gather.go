@@ -204,8 +204,8 @@ func request(group []*change) *pb.TxnRequest {
 				added = o.item.addTo(added, o.at, items)
 				continue
 			}
-			if needs := o.compare(); needs != nil && !compared[o.at] {
-				r.Compare = append(r.Compare, needs)
+			if o.need != anything && !compared[o.at] {
+				r.Compare = append(r.Compare, o.compare())
 				if compared != nil {
 					compared[o.at] = true
 				}

@@ -8,6 +8,7 @@ import (
 	"iter"
 	"slices"
 	"strings"
+	"sync/atomic"
 
 	pb "go.etcd.io/etcd/api/v3/etcdserverpb"
 	"go.etcd.io/etcd/api/v3/mvccpb"
@@ -29,6 +30,7 @@ type Queue struct {
 	part    string        // "member/"
 	waiting []Item        // by revision; guarded by s.cache.mu, as what follows
 	dropped int64         // items up to this revision were dropped
+	length  atomic.Int64  // of waiting
 	ready   chan struct{} // holds something when there may be new items
 }
 
@@ -71,6 +73,7 @@ func (q *Queue) Close() {
 		delete(q.s.cache.tables, q.name)
 	}
 	q.waiting = nil
+	q.count()
 }
 
 // Add puts an item at the end of this member's part. key must be one that was
@@ -171,11 +174,7 @@ func (q *Queue) Take(items []Item) []Op {
 }
 
 // Len is how many items of this member's part wait.
-func (q *Queue) Len() int {
-	q.s.cache.mu.RLock()
-	defer q.s.cache.mu.RUnlock()
-	return len(q.waiting)
-}
+func (q *Queue) Len() int { return int(q.length.Load()) }
 
 // Ready holds something when items may have come since it was last received
 // from.
@@ -204,6 +203,7 @@ func (q *Queue) Drop(last Item) {
 	if q.waiting = q.waiting[at:]; len(q.waiting) == 0 {
 		q.waiting = nil // or the array would grow for ever
 	}
+	q.count()
 }
 
 // Others returns the items of other members' parts, by revision: those of a
@@ -242,9 +242,13 @@ func (q *Queue) prepare(key string, kv *mvccpb.KeyValue) any {
 func (q *Queue) install(_ string, prepared any) {
 	if list, ok := prepared.([]Item); ok {
 		q.waiting = append(q.waiting, list...)
+		q.count()
 		q.wake()
 	}
 }
+
+// count makes Len current: it is asked for each change. The lock is held.
+func (q *Queue) count() { q.length.Store(int64(len(q.waiting))) }
 
 func (q *Queue) wake() {
 	select {
@@ -269,6 +273,7 @@ func (q *Queue) stage(pages iter.Seq2[[]*mvccpb.KeyValue, error]) (func() []stri
 	return func() []string {
 		// What was dropped may still be there: its removal is under way.
 		q.waiting = slices.DeleteFunc(all, func(i Item) bool { return i.Revision <= q.dropped })
+		q.count()
 		q.wake()
 		return nil
 	}, nil
