@@ -1,8 +1,10 @@
 package main
 
 import (
+	"fmt"
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
 	"testing"
 	"time"
@@ -22,10 +24,16 @@ func TestConformance(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	results, err := execute(t.Context(), options{binary: bin})
+	server, err := openServer(t.Context(), options{binary: bin})
 	if err != nil {
 		t.Fatal(err)
 	}
+	defer server.close()
+	results, err := server.play(t.Context(), "")
+	if err != nil {
+		t.Fatal(err)
+	}
+	claims(t, server, results)
 	t.Log("\n" + strings.Join(summary(results), "\n"))
 	floor, err := readFloor(root)
 	if err != nil {
@@ -55,6 +63,38 @@ func TestConformance(t *testing.T) {
 	}
 	if part != section(results) {
 		t.Errorf("%s lists other cases than this run finds; `make conformance WRITE=1` brings it up to date", docFile)
+	}
+}
+
+// claims holds what Query says of profiles against the cases: it claims those that
+// they show, and no other.
+func claims(t *testing.T, s *server, results []result) {
+	t.Helper()
+	for _, version := range versions {
+		minor := uint32(version[2] - '0')
+		list, err := s.profiles(minor)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if minor < 3 { // that have no Query Profiles
+			if len(list) > 0 {
+				t.Errorf("KMIP %s: a client is told of profiles: %v", version, list)
+			}
+			continue
+		}
+		suffix := fmt.Sprintf("KMIPV1_%d", minor)
+		for _, p := range list {
+			family := strings.TrimSuffix(p, suffix)
+			if prefix := mandatory[family]; family == p || prefix == "" && !strings.HasPrefix(family, "BaselineServer") {
+				t.Errorf("KMIP %s: %s is claimed, and no case shows it", version, p)
+			}
+		}
+		for family, prefix := range mandatory {
+			ok, known := shown(results, reasons(), version, prefix)
+			if claimed := slices.Contains(list, family+suffix); claimed != (ok && known) {
+				t.Errorf("KMIP %s: %s%s: claimed %v, shown by the cases %s*: %v", version, family, suffix, claimed, prefix, ok && known)
+			}
+		}
 	}
 }
 

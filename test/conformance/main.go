@@ -119,15 +119,20 @@ func summary(results []result) (lines []string) {
 // execute runs the cases. Those of one series share an instance, since the
 // later ones use what the earlier ones made; any other has one of its own.
 func execute(ctx context.Context, o options) ([]result, error) {
-	dir, err := casesDir()
-	if err != nil {
-		return nil, err
-	}
 	server, err := openServer(ctx, o)
 	if err != nil {
 		return nil, err
 	}
 	defer server.close()
+	return server.play(ctx, o.only)
+}
+
+// play runs the cases whose name has only in it.
+func (s *server) play(ctx context.Context, only string) ([]result, error) {
+	dir, err := casesDir()
+	if err != nil {
+		return nil, err
+	}
 	var results []result
 	for _, v := range versions {
 		cases, err := load(dir, v)
@@ -137,12 +142,12 @@ func execute(ctx context.Context, o options) ([]result, error) {
 		series, missing := "", ""
 		var before *play
 		for _, c := range cases {
-			if !strings.Contains(c.id(), o.only) {
+			if !strings.Contains(c.id(), only) {
 				continue
 			}
-			if s := seriesOf(c); s == "" || s != series {
-				series, missing, before = s, "", nil
-				if err := server.clear(ctx); err != nil {
+			if in := seriesOf(c); in == "" || in != series {
+				series, missing, before = in, "", nil
+				if err := s.clear(ctx); err != nil {
 					return nil, err
 				}
 			}
@@ -151,7 +156,7 @@ func execute(ctx context.Context, o options) ([]result, error) {
 				r.outside = "objects of " + missing
 			}
 			if r.outside == "" {
-				before = newPlay(server, time.Now(), before)
+				before = newPlay(s, time.Now(), before)
 				r.err = before.run(c)
 			} else {
 				missing = c.name

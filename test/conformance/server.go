@@ -119,7 +119,7 @@ func (s *server) send(request []byte) ([]byte, error) {
 // clear destroys everything that Locate finds, as a client may, so that a case
 // begins as if on an empty server.
 func (s *server) clear(context.Context) error {
-	found, err := s.ask(item(kmip.OperationLocate))
+	found, err := s.ask(4, item(kmip.OperationLocate))
 	if err != nil {
 		return fmt.Errorf("clearing: %w", err)
 	}
@@ -129,7 +129,7 @@ func (s *server) clear(context.Context) error {
 		for _, it := range []*node{
 			item(kmip.OperationRecover, name), item(kmip.OperationRevoke, name, reason), item(kmip.OperationDestroy, name),
 		} {
-			if _, err := s.ask(it); err != nil {
+			if _, err := s.ask(4, it); err != nil {
 				return fmt.Errorf("clearing: %w", err)
 			}
 		}
@@ -137,14 +137,15 @@ func (s *server) clear(context.Context) error {
 	return nil
 }
 
-// ask sends one operation of KMIP 1.4 and returns the batch item of the answer.
-func (s *server) ask(it *node) (*node, error) {
+// ask sends one operation of KMIP 1.minor and returns the batch item of the
+// answer.
+func (s *server) ask(minor uint32, it *node) (*node, error) {
 	integer := func(tag int, n uint32) *node {
 		return &node{tag: tag, typ: ttlv.TypeInteger, value: binary.BigEndian.AppendUint32(nil, n)}
 	}
 	answer, err := s.send(encode(structure(kmip.TagRequestMessage,
 		structure(kmip.TagRequestHeader,
-			structure(kmip.TagProtocolVersion, integer(kmip.TagProtocolVersionMajor, 1), integer(kmip.TagProtocolVersionMinor, 4)),
+			structure(kmip.TagProtocolVersion, integer(kmip.TagProtocolVersionMajor, 1), integer(kmip.TagProtocolVersionMinor, minor)),
 			integer(kmip.TagBatchCount, 1)),
 		it)))
 	if err != nil {
