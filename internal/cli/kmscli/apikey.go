@@ -105,9 +105,10 @@ func writeNew(path, text string) error {
 
 func apiKeyList(g *connection, instance *string) *cobra.Command {
 	return &cobra.Command{
-		Use:   "ls",
-		Short: "List the API keys",
-		Args:  cobra.NoArgs,
+		Use:     "ls",
+		Short:   "List the API keys",
+		Example: `  mortise kms apikey ls --instance tenant-a`,
+		Args:    cobra.NoArgs,
 		RunE: g.run(func(ctx context.Context, v *verb, _ []string) error {
 			list, err := v.APIKeys(ctx, *instance)
 			if err != nil {
@@ -135,10 +136,11 @@ func apiKeyList(g *connection, instance *string) *cobra.Command {
 
 func apiKeyRevoke(g *connection, instance *string) *cobra.Command {
 	return &cobra.Command{
-		Use:   "revoke KEY",
-		Short: "Revoke an API key",
-		Long:  `Revokes an API key at once. KEY is its id or its name, as mortise kms apikey ls shows them.`,
-		Args:  needs("KEY"),
+		Use:     "revoke KEY",
+		Short:   "Revoke an API key",
+		Long:    `Revokes an API key at once. KEY is its id or its name, as mortise kms apikey ls shows them.`,
+		Example: `  mortise kms apikey revoke monitoring`,
+		Args:    needs("KEY"),
 		RunE: g.run(func(ctx context.Context, v *verb, args []string) error {
 			k, err := v.RemoveAPIKey(ctx, *instance, args[0])
 			if err != nil {

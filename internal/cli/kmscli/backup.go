@@ -215,7 +215,8 @@ func backupList(g *connection) *cobra.Command {
 listed too: a part of it may exist.
 
 JSON: a list of {"id", "time", "by", "crks", "complete", "revision", "records"}.`,
-		Args: needs(),
+		Example: `  mortise kms backup ls`,
+		Args:    needs(),
 		RunE: g.run(func(ctx context.Context, v *verb, _ []string) error {
 			list, err := v.Backups(ctx)
 			if err != nil {
@@ -242,7 +243,8 @@ func backupForget(g *connection) *cobra.Command {
 		Short: "Take a backup off the list, when all its copies are gone",
 		Long: `Takes a backup off the list. Do it when the file and every copy of it are destroyed:
 the list is what says which backups would open shredded keys again.`,
-		Args: needs("ID"),
+		Example: `  mortise kms backup forget 0d1c2b3a`,
+		Args:    needs("ID"),
 		RunE: g.run(func(ctx context.Context, v *verb, args []string) error {
 			if err := v.ForgetBackup(ctx, args[0]); err != nil {
 				return err
@@ -265,6 +267,8 @@ needed. A file that is damaged or cut off anywhere is refused.
 
 JSON: {"id", "created", "revision", "records", "objects" (by instance), "crks" (by
 kind of provider), "outside" (those that the backup cannot hold), "bytes"}.`,
+		Example: `  mortise kms backup verify kms.age --passphrase-file backup.passphrase
+  mortise kms backup verify kms.age --identity age.key --json`,
 		Args: needs("FILE"),
 		RunE: func(cmd *cobra.Command, args []string) error {
 			ids, err := o.identities()

@@ -71,9 +71,10 @@ func (v *verb) mayUse(c kms.Client, instance string) {
 
 func clientList(g *connection, instance *string) *cobra.Command {
 	return &cobra.Command{
-		Use:   "ls",
-		Short: "List the pinned client certificates",
-		Args:  cobra.NoArgs,
+		Use:     "ls",
+		Short:   "List the pinned client certificates",
+		Example: `  mortise kms client ls --instance tenant-a`,
+		Args:    cobra.NoArgs,
 		RunE: g.run(func(ctx context.Context, v *verb, _ []string) error {
 			list, err := v.Clients(ctx, *instance)
 			if err != nil {
@@ -97,6 +98,8 @@ func clientRevoke(g *connection, instance *string) *cobra.Command {
 		Long: `Shuts a certificate out, from the next message on, on open connections too. CLIENT
 is its fingerprint, at least the first 8 digits, or its label. The keys that it
 made stay.`,
+		Example: `  mortise kms client revoke vc1
+  mortise kms client revoke 3ad4e1f09b72 --instance tenant-a`,
 		Args: needs("CLIENT"),
 		RunE: g.run(func(ctx context.Context, v *verb, args []string) error {
 			c, err := v.RemoveClient(ctx, *instance, args[0])

@@ -47,7 +47,8 @@ active, retired (kept for backups of its time), destroying (some member still ha
 destroyed. An orphan is a root key at this member's provider that the key server has
 no record of: another key server's, if the two share a token, or left behind by an
 interrupted start of an old release. If nobody needs it: mortise kms crk delete ID.`,
-		Args: cobra.NoArgs,
+		Example: `  mortise kms crk ls`,
+		Args:    cobra.NoArgs,
 		RunE: g.run(func(ctx context.Context, v *verb, _ []string) error {
 			list, err := v.CRKs(ctx, instance)
 			if err != nil {
@@ -195,6 +196,8 @@ func crkDelete(g *connection) *cobra.Command {
 at once and all its keys are lost: VMs that need them do not start again. What is lost
 is listed first and must be confirmed. What may still open old copies is listed by
 mortise kms key status.`,
+		Example: `  mortise kms crk delete 4be2c0ce-8f0e-4a3b-9d7e-0c5b7f6f2a11
+  mortise kms crk delete 4be2c0ce-8f0e-4a3b-9d7e-0c5b7f6f2a11 --confirm HASH     from a script`,
 		Args: needs("CRK"),
 		RunE: g.run(func(ctx context.Context, v *verb, args []string) error {
 			err := v.confirmed(hash, func(h string) error { return v.DeleteCRK(ctx, args[0], h) })
@@ -230,9 +233,10 @@ goes in steps, and mortise says which it has come to:
 
 func keyStatus(g *connection, instance *string) *cobra.Command {
 	return &cobra.Command{
-		Use:   "status",
-		Short: "Show how the keys stand, what is being changed, and what still opens destroyed keys",
-		Args:  cobra.NoArgs,
+		Use:     "status",
+		Short:   "Show how the keys stand, what is being changed, and what still opens destroyed keys",
+		Example: `  mortise kms key status --instance tenant-a`,
+		Args:    cobra.NoArgs,
 		RunE: g.run(func(ctx context.Context, v *verb, _ []string) error {
 			s, err := v.KeyStatus(ctx, *instance)
 			if err != nil {
@@ -314,7 +318,8 @@ func keyRotate(g *connection, instance *string) *cobra.Command {
 		Short: "Replace an instance's key and re-seal its records",
 		Long: `Makes a new instance key. New records are sealed with it at once, the others in the
 background while clients work. Interrupted, it goes on by itself.`,
-		Args: cobra.NoArgs,
+		Example: `  mortise kms key rotate --instance tenant-a`,
+		Args:    cobra.NoArgs,
 		RunE: g.run(func(ctx context.Context, v *verb, _ []string) error {
 			s, err := v.RotateKey(ctx, *instance)
 			if err != nil {
@@ -372,7 +377,8 @@ Copies of the store from before open afterwards only with what is outside the sy
 backups have their CRKs inside; an imported CRK may have been kept by who made it; a
 copy of crk.sealed opens with the passphrase of its time. mortise kms key status lists
 them.`,
-		Args: cobra.NoArgs,
+		Example: `  mortise kms key purge --all && mortise kms key shred`,
+		Args:    cobra.NoArgs,
 		RunE: g.run(func(ctx context.Context, v *verb, _ []string) error {
 			var s kms.KeyStatus
 			err := v.confirmed(hash, func(h string) (err error) {
@@ -400,6 +406,8 @@ func unlockCommand() *cobra.Command {
 		Long: `Opens the root keys of a key server that was started without its passphrase, TPM or
 PIN and has no unlocked peer. Until then it serves nobody on the KMIP port. The secret
 is read from the terminal without echo, or from --secret-file (mode 0600).`,
+		Example: `  mortise kms unlock
+  mortise kms unlock --secret-file /run/secrets/kms.passphrase`,
 		Args: cobra.NoArgs,
 		RunE: g.run(func(ctx context.Context, v *verb, _ []string) error {
 			list, err := v.RootKeyStatus(ctx)
@@ -446,6 +454,8 @@ func passphraseCommand() *cobra.Command {
 too, so that an old copy of the file with the old passphrase does not open what comes
 later. Change what the service reads its passphrase from as well. Each member has a
 keyring of its own.`,
+		Example: `  mortise kms passphrase change
+  mortise kms passphrase change --old-file old --new-file new`,
 		Args: cobra.NoArgs,
 		RunE: g.run(func(ctx context.Context, v *verb, _ []string) error {
 			old, err := v.secret(oldFile, "Present passphrase: ")

@@ -123,9 +123,10 @@ func ofQuota(n, quota int) string {
 
 func instanceList(g *connection) *cobra.Command {
 	return &cobra.Command{
-		Use:   "ls",
-		Short: "List the instances",
-		Args:  cobra.NoArgs,
+		Use:     "ls",
+		Short:   "List the instances",
+		Example: `  mortise kms instance ls --json`,
+		Args:    cobra.NoArgs,
 		RunE: g.run(func(ctx context.Context, v *verb, _ []string) error {
 			list, err := v.Instances(ctx)
 			if err != nil {
@@ -148,9 +149,10 @@ func instanceList(g *connection) *cobra.Command {
 
 func instanceShow(g *connection) *cobra.Command {
 	return &cobra.Command{
-		Use:   "show ID",
-		Short: "Show an instance and where clients reach it",
-		Args:  needs("ID"),
+		Use:     "show ID",
+		Short:   "Show an instance and where clients reach it",
+		Example: `  mortise kms instance show default`,
+		Args:    needs("ID"),
 		RunE: g.run(func(ctx context.Context, v *verb, args []string) error {
 			i, err := v.Instance(ctx, args[0])
 			if err != nil {
@@ -214,9 +216,10 @@ func instanceSet(g *connection) *cobra.Command {
 
 func instanceGrant(g *connection) *cobra.Command {
 	return &cobra.Command{
-		Use:   "grant ID",
-		Short: "Give an instance the use of its root key again",
-		Args:  needs("ID"),
+		Use:     "grant ID",
+		Short:   "Give an instance the use of its root key again",
+		Example: `  mortise kms instance grant tenant-a`,
+		Args:    needs("ID"),
 		RunE: g.run(func(ctx context.Context, v *verb, args []string) error {
 			i, err := v.GrantInstance(ctx, args[0])
 			if err != nil {
@@ -235,7 +238,8 @@ func instanceUngrant(g *connection) *cobra.Command {
 memory; its clients are told that it is locked. Nothing is lost: mortise kms
 instance grant lets it serve again. VMs that run go on; none whose key is fetched
 from this instance can be powered on meanwhile.`,
-		Args: needs("ID"),
+		Example: `  mortise kms instance ungrant tenant-a`,
+		Args:    needs("ID"),
 		RunE: g.run(func(ctx context.Context, v *verb, args []string) error {
 			i, err := v.UngrantInstance(ctx, args[0])
 			if err != nil {
@@ -257,6 +261,8 @@ that no backup brings them back. What was encrypted with its keys is lost.
 The key server first lists what would be lost; the deletion goes through when it
 is repeated with the hash of that list (--confirm), which a terminal asks for. If
 the list has changed meanwhile it is shown again.`,
+		Example: `  mortise kms instance delete tenant-a
+  mortise kms instance delete tenant-a --confirm HASH     from a script`,
 		Args: needs("ID"),
 		RunE: g.run(func(ctx context.Context, v *verb, args []string) error {
 			err := v.confirmed(confirm, func(hash string) error { return v.DeleteInstance(ctx, args[0], hash) })

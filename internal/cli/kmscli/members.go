@@ -74,7 +74,8 @@ func memberList(g *connection) *cobra.Command {
 		Short: "List the members",
 		Long: `Lists the members. A leader orders the writes, followers vote; a learner is catching
 up and does not vote yet; one that is joining has a certificate and has not started.`,
-		Args: cobra.NoArgs,
+		Example: `  mortise kms member ls`,
+		Args:    cobra.NoArgs,
 		RunE: g.run(func(ctx context.Context, v *verb, _ []string) error {
 			list, err := v.Members(ctx)
 			if err != nil {
@@ -118,10 +119,11 @@ knows its passphrase or has its TPM: rotate the root keys then.`,
 
 func memberPromote(g *connection) *cobra.Command {
 	return &cobra.Command{
-		Use:   "promote NAME",
-		Short: "Let a learner vote",
-		Long:  `Lets a learner vote that has caught up. New members do this by themselves.`,
-		Args:  needs("NAME"),
+		Use:     "promote NAME",
+		Short:   "Let a learner vote",
+		Long:    `Lets a learner vote that has caught up. New members do this by themselves.`,
+		Example: `  mortise kms member promote kms-3`,
+		Args:    needs("NAME"),
 		RunE: g.run(func(ctx context.Context, v *verb, args []string) error {
 			if err := v.PromoteMember(ctx, args[0]); err != nil {
 				return err
@@ -154,6 +156,8 @@ func clockCommand() *cobra.Command {
 		Long: `Makes this machine's clock the cluster's time. Look at the clock first: what dates in
 between have brought about happens now, and it cannot be taken back. Keys whose grace
 time is over are purged.`,
+		Example: `  mortise kms clock
+  mortise kms clock confirm`,
 		Args: cobra.NoArgs,
 		RunE: g.run(func(ctx context.Context, v *verb, _ []string) error {
 			s, err := v.ConfirmClock(ctx)
