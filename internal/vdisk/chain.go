@@ -50,6 +50,12 @@ type Chain struct {
 	frozen span          // changes of it wait for moved
 	moved  chan struct{} // closed when frozen has changed
 
+	paced struct {
+		sync.Mutex
+		Pace
+		branch *Disk // of another branch, which a conversion of all links has come to
+	}
+
 	settled atomic.Bool // every extent was synced once: what a killed predecessor wrote is durable
 }
 

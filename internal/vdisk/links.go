@@ -183,7 +183,9 @@ func (c *Chain) each(ctx context.Context, wants func(*Disk) bool, do func(*Disk)
 			return fmt.Errorf("another branch of %s: %w", c.Path(), err)
 		}
 		if wants(d) {
+			c.keepPace(d)
 			err = do(d)
+			c.keepPace(nil)
 		}
 		if err == nil {
 			err = d.sync()
@@ -307,8 +309,24 @@ func (s *sumReport) of(*Disk) func(Progress) {
 func (c *Chain) SetPace(p Pace) {
 	c.gate.RLock()
 	defer c.gate.RUnlock()
+	c.paced.Lock()
+	defer c.paced.Unlock()
+	c.paced.Pace = p
 	for _, d := range c.links {
 		d.SetPace(p)
+	}
+	if c.paced.branch != nil {
+		c.paced.branch.SetPace(p)
+	}
+}
+
+// keepPace gives a link of another branch the chain's pace while it is worked on;
+// nil: none is.
+func (c *Chain) keepPace(d *Disk) {
+	c.paced.Lock()
+	defer c.paced.Unlock()
+	if c.paced.branch = d; d != nil {
+		d.SetPace(c.paced.Pace)
 	}
 }
 

@@ -110,6 +110,9 @@ func (c *Chain) putOn(d *Disk, commit func(string) error) error {
 	}
 	c.under = nil
 	c.links = append(slices.Clone(c.links), d)
+	c.paced.Lock()
+	d.SetPace(c.paced.Pace)
+	c.paced.Unlock()
 	d.slot = uint8(slices.Index(c.slots[:], nil))
 	c.slots[d.slot] = d
 	if !slices.Contains(c.held, parent) {
