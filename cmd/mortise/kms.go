@@ -274,10 +274,14 @@ func serveKMS(ctx context.Context, cfg kmsConfig, isDev bool) error {
 		}
 	})
 	g.Go(func() error {
-		if err := roots.Await(ctx, k, node); err != nil {
-			return err
+		err := roots.Await(ctx, k, node)
+		if err == nil {
+			err = awaitRelease(ctx, k, log)
 		}
-		if err := awaitRelease(ctx, k, log); err != nil {
+		if ctx.Err() != nil {
+			return nil // it is told to stop, locked or quarantined as it is
+		}
+		if err != nil {
 			return err
 		}
 		l, err := net.Listen("tcp", cfg.Listen) // not before: a locked server serves nobody

@@ -172,7 +172,7 @@ func (k *KMS) keepCRKs(ctx context.Context) error {
 			k.giveUp(e.Key)
 		case e.Value.State == CRKMaking:
 		case here[e.Key] != "":
-		case e.Value.State == CRKRetired:
+		case e.Value.State == CRKRetired || e.Value.Use != "":
 			past[e.Value.Provider] = append(past[e.Value.Provider], e.Key)
 		default:
 			wanted[e.Value.Provider] = append(wanted[e.Value.Provider], e.Key)
@@ -194,9 +194,9 @@ func (k *KMS) keepCRKs(ctx context.Context) error {
 		errs = append(errs, k.fetchCRKs(ctx, kind, ids))
 	}
 	for kind, ids := range past {
-		// Nothing depends on it: after a restore nobody may have it any more.
+		// No instance depends on it, and after a restore nobody has it any more.
 		if err := k.fetchCRKs(ctx, kind, ids); err != nil {
-			k.log.Debug("kms: retired CRKs could not be got from another member", "crks", ids, "error", err)
+			k.log.Debug("kms: root keys that no instance needs could not be got from another member", "crks", ids, "error", err)
 		}
 	}
 	return errors.Join(errs...)

@@ -330,3 +330,8 @@ func fill(t *testing.T, path string, rest int64) {
 		}
 	}
 }
+
+// dialOnce is dial with an error.
+func dialOnce(s *kmsproc.Server, c kmsproc.Client) (*tls.Conn, error) {
+	return tls.DialWithDialer(&net.Dialer{Timeout: 10 * time.Second}, "tcp", s.Address, s.TLS(c))
+}
