@@ -15,6 +15,7 @@ run=(
 test=(
 	iproute2 iptables util-linux # members of a key server in network namespaces
 	xfsprogs                    # file systems on loop devices
+	dmsetup                     # dm-crypt reads our extent
 	libvirt-clients openssl gcc libc6-dev binutils
 	# root keys: a token, its tool, a TPM in software
 	softhsm2 opensc swtpm
