@@ -3,7 +3,6 @@ package cli
 import (
 	"context"
 	"crypto/tls"
-	"crypto/x509"
 	"encoding/xml"
 	"errors"
 	"fmt"
@@ -38,6 +37,8 @@ type serveFlags struct {
 	convert, limit         string
 	listen                 string
 	tlsCert, tlsKey, tlsCA string
+	tlsClients             []string
+	bitmaps                bitmapFlags
 }
 
 func diskServe(g *globals) *cobra.Command {
@@ -57,6 +58,12 @@ Ctrl-C, kill and power cut alike.
 --convert encrypts, decrypts or recrypts the disk in the background while it is served,
 or goes on with what was interrupted ("resume"), or runs it back ("cancel"). So does
 mortise disk convert --socket from elsewhere, with the control socket that is named.
+
+--new-bitmap NAME remembers from now on which parts of the disk change, for incremental
+backup: clients see it as the NBD metadata context qemu:dirty-bitmap:NAME. It is kept in
+a file beside the extent whenever the disk is served, until --drop-bitmap NAME; what a
+crash leaves unclear counts as changed. A bitmap is not offered any more when the disk
+was changed without it: then the next backup must be a full one.
 
 At the first Ctrl-C requests that were read are answered, then everything is flushed; a
 second one cuts the connections and flushes. Neither loses what was acknowledged.
@@ -86,6 +93,9 @@ the disk is served.`,
 	f.StringVar(&d.tlsCert, "tls-cert", "", "server certificate for --listen (PEM)")
 	f.StringVar(&d.tlsKey, "tls-key", "", "its key (PEM, mode 0600; default: in the same file)")
 	f.StringVar(&d.tlsCA, "tls-ca", "", "CA whose client certificates may use the disk (PEM)")
+	f.StringArrayVar(&d.tlsClients, "tls-client", nil, "common name or DNS name of a client that may; repeat for more (default: every one of that CA)")
+	f.StringArrayVar(&d.bitmaps.make, "new-bitmap", nil, "remember under this name what changes from now on")
+	f.StringArrayVar(&d.bitmaps.drop, "drop-bitmap", nil, "forget what was remembered under this name")
 	d.bind(f)
 	d.bindExpect(f)
 	d.keys.bindNew(f, true)
@@ -123,6 +133,15 @@ func (s *streams) serveDisk(ctx context.Context, path string, d *serveFlags) (er
 	ring := newKeyring()
 	defer ring.wipe()
 	keyed := len(d.keys.Files) > 0 || len(d.keys.KMIP) > 0
+	top, err := topOf(path)
+	if err != nil {
+		return err
+	}
+	// The bitmaps are closed after the disk, which then shows what it will show next
+	// time. What cannot be sealed now is not trusted then.
+	found, _, _ := diskSeal(top)
+	var bitmaps *keptBitmaps
+	defer func() { err = errors.Join(err, bitmaps.close()) }()
 	v, err := d.open(ctx, path, d.readOnly, ring, log)
 	if err != nil {
 		return err
@@ -135,7 +154,11 @@ func (s *streams) serveDisk(ctx context.Context, path string, d *serveFlags) (er
 	job.pace(limit)
 
 	srv := nbd.New(nbd.Options{Logger: log})
-	if _, err := srv.Add(d.name, nbdDevice{v}, d.readOnly); err != nil {
+	exp, err := srv.Add(d.name, nbdDevice{v}, d.readOnly)
+	if err != nil {
+		return err
+	}
+	if bitmaps, err = d.bitmaps.keep(exp, top, found, v.Size(), log); err != nil {
 		return err
 	}
 	serving, cut := context.WithCancel(context.Background())
@@ -226,8 +249,8 @@ const drainTime = 10 * time.Second
 // tlsConfig is that of --listen; nil without it.
 func (d *serveFlags) tlsConfig() (*tls.Config, error) {
 	if d.listen == "" {
-		if d.tlsCert != "" || d.tlsCA != "" || d.tlsKey != "" {
-			return nil, errors.New("--tls-cert, --tls-key and --tls-ca are for --listen, which is missing")
+		if d.tlsCert != "" || d.tlsCA != "" || d.tlsKey != "" || len(d.tlsClients) > 0 {
+			return nil, errors.New("--tls-cert, --tls-key, --tls-ca and --tls-client are for --listen, which is missing")
 		}
 		return nil, nil
 	}
@@ -238,11 +261,7 @@ func (d *serveFlags) tlsConfig() (*tls.Config, error) {
 	if key == "" {
 		key = d.tlsCert
 	}
-	chain, signer, err := pki.LoadKeyPair(d.tlsCert, key)
-	if err != nil {
-		return nil, err
-	}
-	cert, err := pki.TLSCertificate(chain, signer)
+	cert, err := pki.LoadCredentials(d.tlsCert, key)
 	if err != nil {
 		return nil, err
 	}
@@ -250,11 +269,7 @@ func (d *serveFlags) tlsConfig() (*tls.Config, error) {
 	if err != nil {
 		return nil, err
 	}
-	pool := x509.NewCertPool()
-	for _, c := range cas {
-		pool.AddCert(c)
-	}
-	return &tls.Config{Certificates: []tls.Certificate{cert}, ClientCAs: pool, ClientAuth: tls.RequireAndVerifyClientCert, MinVersion: tls.VersionTLS13}, nil
+	return pki.DiskServer(cert, cas, d.tlsClients, nil), nil
 }
 
 // chown gives a socket to USER[:GROUP], names or numbers.
