@@ -66,7 +66,7 @@ func (p *presumed) confirm(ctx context.Context, s *Session) error {
 	if p.cert == nil {
 		return nil
 	}
-	now, err := s.k.Session(ctx, s.Instance, p.cert, s.From)
+	now, err := s.k.sessionOf(ctx, s.Instance, p.cert, s.Fingerprint, s.From)
 	if err != nil {
 		return err
 	}

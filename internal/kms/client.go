@@ -55,17 +55,21 @@ var (
 // is the holder's address. The errors are ErrUnknownInstance, ErrUnknownClient,
 // ErrExpired, ErrInstanceLocked, or the store's.
 func (k *KMS) Session(ctx context.Context, instanceID string, cert *x509.Certificate, from string) (*Session, error) {
+	return k.sessionOf(ctx, instanceID, cert, fingerprint(cert), from)
+}
+
+// sessionOf is [KMS.Session] with the certificate's fingerprint.
+func (k *KMS) sessionOf(ctx context.Context, instanceID string, cert *x509.Certificate, sum, from string) (*Session, error) {
 	inst, settings, err := k.serving(ctx, instanceID)
 	if err != nil {
 		return nil, err
 	}
-	sum := sha256.Sum256(cert.Raw)
-	e, ok := inst.clients.Peek(hex.EncodeToString(sum[:])) // serving has synced
+	e, ok := inst.clients.Peek(sum) // serving has synced
 	if !ok {
-		return nil, k.stranger(inst, cert, from, fmt.Errorf("kms: %w: %q, SHA-256 %x; add it with: mortise kms client add FILE", ErrUnknownClient, cert.Subject, sum))
+		return nil, k.stranger(inst, cert, from, fmt.Errorf("kms: %w: %q, SHA-256 %s; add it with: mortise kms client add FILE", ErrUnknownClient, cert.Subject, sum))
 	}
 	if err := e.Value.valid(k.now()); err != nil {
-		return nil, k.stranger(inst, cert, from, fmt.Errorf("kms: client certificate %q, SHA-256 %x: %w", cert.Subject, sum, err))
+		return nil, k.stranger(inst, cert, from, fmt.Errorf("kms: client certificate %q, SHA-256 %s: %w", cert.Subject, sum, err))
 	}
 	if err := k.admitted(); err != nil {
 		return nil, err
