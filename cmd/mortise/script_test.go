@@ -2,10 +2,15 @@ package main
 
 import (
 	"context"
+	"encoding/json"
 	"fmt"
+	"io"
 	"net"
+	"net/http"
 	"os"
 	"os/signal"
+	"strconv"
+	"strings"
 	"syscall"
 	"testing"
 	"time"
@@ -35,7 +40,7 @@ func TestScripts(t *testing.T) {
 			}
 			env.Defer(func() { os.RemoveAll(dir) })
 			env.Setenv("SOCK", dir)
-			for _, name := range []string{"PORT1", "PORT2"} {
+			for _, name := range []string{"PORT1", "PORT2", "PORT3", "PORT4", "PORT5"} {
 				l, err := net.Listen("tcp", "127.0.0.1:0")
 				if err != nil {
 					return err
@@ -77,6 +82,52 @@ func TestScripts(t *testing.T) {
 					time.Sleep(100 * time.Millisecond)
 				}
 				ts.Fatalf("the key server is not unlocked")
+			},
+			// get PATH [STATUS] is a GET of http://127.0.0.1PATH, whose body becomes stdout.
+			"get": func(ts *testscript.TestScript, _ bool, args []string) {
+				resp, err := http.Get("http://127.0.0.1" + args[0])
+				ts.Check(err)
+				defer resp.Body.Close()
+				body, err := io.ReadAll(resp.Body)
+				ts.Check(err)
+				fmt.Fprint(ts.Stdout(), string(body))
+				if len(args) > 1 && fmt.Sprint(resp.StatusCode) != args[1] {
+					ts.Fatalf("GET %s: %s\n%s", args[0], resp.Status, body)
+				}
+			},
+			// json PATH[=VALUE]... looks into the JSON value that stdout is: exactly one,
+			// with that path (a.0.b), and what is there prints as VALUE.
+			"json": func(ts *testscript.TestScript, neg bool, args []string) {
+				text := ts.ReadFile("stdout")
+				d := json.NewDecoder(strings.NewReader(text))
+				var whole any
+				ts.Check(d.Decode(&whole))
+				if _, err := d.Token(); err != io.EOF {
+					ts.Fatalf("more than one JSON value:\n%s", text)
+				}
+				for _, arg := range args {
+					path, want, compare := strings.Cut(arg, "=")
+					v, there := whole, true
+					for _, step := range strings.FieldsFunc(path, func(r rune) bool { return r == '.' }) {
+						switch at := v.(type) {
+						case map[string]any:
+							v, there = at[step]
+						case []any:
+							i, err := strconv.Atoi(step)
+							if there = err == nil && i < len(at); there {
+								v = at[i]
+							}
+						default:
+							there = false
+						}
+						if !there {
+							break
+						}
+					}
+					if ok := there && (!compare || fmt.Sprint(v) == want); ok == neg {
+						ts.Fatalf("%s: there %v, value %v, in\n%s", arg, there, v, text)
+					}
+				}
 			},
 			"chmod600": func(ts *testscript.TestScript, _ bool, args []string) {
 				ts.Check(os.Chmod(ts.MkAbs(args[0]), 0o600))
