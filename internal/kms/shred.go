@@ -130,7 +130,7 @@ func (k *KMS) stillOpens(ctx context.Context, instance string, r instanceRecord,
 		count[d.Bytes]++
 	}
 	if n := count[BytesKept]; n > 0 {
-		lines = append(lines, fmt.Sprintf("the store itself has the bytes of %d keys until their grace time ends; to purge them now: mortise kms key purge", n))
+		lines = append(lines, fmt.Sprintf("the store itself has the bytes of %d keys until their grace time ends; to purge them now: mortise kms key purge --all", n))
 	}
 	if n := count[BytesKept] + count[BytesPurged]; n > 0 {
 		lines = append(lines, fmt.Sprintf("the store's old revisions and logs on every member have the bytes of %d keys, under CRK %s; to end that: mortise kms key shred", n, r.CRK))
