@@ -82,7 +82,7 @@ func examineEndpoints(ctx context.Context, instances []kms.Instance, now time.Ti
 		}
 	}
 	if answered > 0 && !bad {
-		add(check, good, "", "%d addresses answer, with the certificates that clients are told", answered)
+		add(check, good, "", "every address that clients are told answers, with the certificate that they are told (%d)", answered)
 	}
 }
 
