@@ -30,7 +30,7 @@ written behind every change and which repair uses.`,
 	check := diskCheck(g)
 	check.Example = "  mortise crypto-util disk check vm1.vmdk --key-file vm1.key"
 	disk.AddCommand(diskDescribe(g), check, diskRepair(g))
-	c := group(g, "crypto-util", "Look at and repair encrypted files on this machine", "", "", disk)
+	c := group(g, "crypto-util", "Look at and repair encrypted files on this machine", "The host's rescue tool: it works on the files of a disk that does not open, and needs neither center nor\nthe host's agent.", "  mortise crypto-util disk describe vm1.vmdk", disk)
 	_ = c.PersistentFlags().MarkHidden("url")
 	return c
 }
