@@ -312,6 +312,8 @@ func (f *lossyFile) Sync() error {
 }
 
 func (f *lossyFile) Remove() error {
+	f.mu.Lock()
+	defer f.mu.Unlock()
 	if f.stuck == nil {
 		f.gone = true
 	}
@@ -474,15 +476,20 @@ func TestBitmapFailure(t *testing.T) {
 			t.Fatal(err)
 		}
 		c := connectWith(t, path, "disk", metaBitmap+"b")
+		f.mu.Lock()
 		f.fail, f.stuck = syscall.EIO, stuck
+		f.mu.Unlock()
 		for range 2 {
 			r := c.do(cmdWrite, cmdFlagFUA, 4096, 512, bytes.Repeat([]byte{1}, 512))
 			if (r.err == 0) != (stuck == nil) {
 				t.Errorf("remove fails with %v: write answered %d", stuck, r.err)
 			}
 		}
-		if changed := !isZero(disk.at(4096, 512)); changed != (stuck == nil) || f.gone != (stuck == nil) {
-			t.Errorf("remove fails with %v: changed %v, file removed %v", stuck, changed, f.gone)
+		f.mu.Lock()
+		gone := f.gone
+		f.mu.Unlock()
+		if changed := !isZero(disk.at(4096, 512)); changed != (stuck == nil) || gone != (stuck == nil) {
+			t.Errorf("remove fails with %v: changed %v, file removed %v", stuck, changed, gone)
 		}
 		if stuck == nil {
 			if r := c.do(cmdBlockStatus, 0, 0, 1<<20, nil); !slices.Equal(r.changed, []extent{{1 << 20, 1}}) {

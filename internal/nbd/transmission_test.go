@@ -265,7 +265,6 @@ func TestFUA(t *testing.T) {
 	}
 }
 
-
 func TestZeroes(t *testing.T) {
 	for _, cannot := range []bool{false, true} {
 		disk := randomDisk(t, 4<<20)
