@@ -162,12 +162,13 @@ func TestInterruptedConversion(t *testing.T) {
 		t.Errorf("after asking again: %+v", vm)
 	}
 
-	// Somebody cancels a deep recrypt.
+	// A deep recrypt finds the datastore full, too. Meanwhile nothing else can be done.
 	stepped := make(chan int, 100)
 	w.host.OnStep(func(step int) {
 		stepped <- step
 		time.Sleep(20 * time.Millisecond)
 	})
+	w.ds.SetFull(true)
 	deep := center.ReconfigureSpec{Crypto: center.CryptoSpec{Kind: center.CryptoDeep}}
 	taskRef, err := w.c.ReconfigureVM(ctx, w.p, ref, deep)
 	w.must(err)
@@ -175,12 +176,13 @@ func TestInterruptedConversion(t *testing.T) {
 	<-stepped
 	w.faulted(task.TaskInProgress, string(taskRef)+" web", second(w.c.PowerOn(ctx, w.p, ref)))
 	w.faulted(task.TaskInProgress, "web", w.c.UnregisterVM(ctx, w.p, ref))
-	w.must(w.c.CancelTask(ctx, w.p, taskRef))
-	w.faulted(task.Canceled, "web cancelled again finishes", second2(w.end(taskRef, nil)))
+	w.faulted(task.TaskInProgress, string(taskRef)+" web", second3(w.c.EstimateReconfigure(ctx, w.p, ref, deep)))
+	w.faulted(task.NoDiskSpace, "full", second2(w.end(taskRef, nil)))
 	w.host.OnStep(nil)
+	w.ds.SetFull(false)
 	vm = w.vm(ref)
 	if vm.Disks[0].Converting == nil || *vm.Disks[0].KeyID != target || *vm.KeyID == target {
-		t.Errorf("after cancelling: %+v", vm)
+		t.Errorf("half way through a recrypt: %+v", vm)
 	}
 	for _, id := range []inventory.KeyID{target, *vm.Disks[0].Converting.Target} {
 		if !holds(w.host, &id, vm) {

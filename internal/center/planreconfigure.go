@@ -35,7 +35,7 @@ func (c *Center) ReconfigureVM(ctx context.Context, p Principal, ref Ref, spec R
 		}
 	}
 	task, err := c.tasks.Submit(ctx, task.Spec{Type: taskReconfigure, Name: "VirtualMachine.reconfigure", Entity: ref, User: p.User,
-		Locks: lockVM(ref), Cancelable: true, Data: data, Ops: ops})
+		Locks: lockVM(ref), Cancelable: true, Paceable: data.rewrites(), Data: data, Ops: ops})
 	if errors.Is(err, store.ErrExists) {
 		other := *vm
 		other.Name = data.Name
@@ -351,21 +351,20 @@ func (c *Center) mayReconfigure(p Principal, vm *inventory.VM, spec *Reconfigure
 	return nil
 }
 
-// checkPower refuses what a running VM cannot have done to it. A shallow recrypt
-// it can (R1).
+// checkPower refuses what a running VM cannot have done to it. Its disks change
+// under it in every way (R1, R2), and its files when the guest has none of them
+// open, which is so with a BIOS; of others only the KEK changes.
 func (d *reconfigureData) checkPower(vm *inventory.VM) error {
 	if vm.Power == inventory.PoweredOff {
 		return nil
 	}
 	doing := ""
-	kinds := []string{d.Crypto.Home}
-	for _, disk := range d.Crypto.Disks {
-		kinds = append(kinds, disk.Kind)
-	}
-	for _, k := range kinds {
-		if k != "" && k != inventory.ConvertShallow {
-			doing = "the " + k
-		}
+	switch {
+	case d.Crypto.Home == "" || d.Crypto.Home == inventory.ConvertShallow:
+	case vm.Power != inventory.PoweredOn:
+		doing = "the " + d.Crypto.Home
+	case vm.Hardware.Firmware == "efi":
+		doing = "the " + d.Crypto.Home + " of VM files, of which an EFI guest has its firmware's variables open,"
 	}
 	if len(d.Add)+len(d.Attach)+len(d.Remove) > 0 {
 		doing = "adding and removing disks"
@@ -381,6 +380,11 @@ func (d *reconfigureData) checkPower(vm *inventory.VM) error {
 		return wrongPower(vm, inventory.PoweredOff, doing)
 	}
 	return nil
+}
+
+// rewrites tells whether disks are converted.
+func (d *reconfigureData) rewrites() bool {
+	return slices.ContainsFunc(d.Crypto.Disks, func(p diskPlan) bool { return p.Kind != inventory.ConvertShallow })
 }
 
 // touchesHost tells whether the VM's files change.

@@ -32,6 +32,8 @@ type reconfigureData struct {
 	Old   []KeyID `json:"old,omitempty"`   // keys before
 	Begun bool    `json:"begun,omitempty"` // the host may have changed something
 	Done  bool    `json:"done,omitempty"`  // and the record says what
+	Undo  bool    `json:"undo,omitempty"`  // it was cancelled: what the host changed is taken back
+	Late  bool    `json:"late,omitempty"`  // it was cancelled when all but the end was done
 
 	Failed *Fault `json:"failed,omitempty"` // why it has ended early
 }
@@ -58,12 +60,21 @@ func (c *Center) reconfigureVM(ctx context.Context, run *task.Run) error {
 	if data.Failed != nil { // a former process got here
 		return c.failedReconfigure(ctx, run, vm, &data)
 	}
-	err = c.reconfigure(ctx, run, vm, &data)
-	if err == nil || run.Stopping(ctx) {
-		return err
+	if !data.Undo && !data.Late {
+		err = c.reconfigure(ctx, run, vm, &data)
+		if err == nil || run.Stopping(ctx) {
+			return err
+		}
 	}
+	canceled := errors.Is(context.Cause(ctx), task.ErrCanceled)
 	ctx, stop := undoing(ctx, run)
 	defer stop()
+	if data.Begun && canceled || data.Undo || data.Late {
+		err = c.cancelReconfigure(ctx, run, vm, &data)
+		if err == nil || run.Stopping(ctx) || data.Failed != nil {
+			return err
+		}
+	}
 	data.Failed = canceledFault(run, err)
 	if err := run.Save(ctx, "failed", data); err != nil {
 		return err
@@ -84,28 +95,7 @@ func (c *Center) reconfigure(ctx context.Context, run *task.Run, vm *inventory.V
 	if !data.touchesHost() {
 		return c.reconfigureRecord(ctx, run, vm, data)
 	}
-	var info *hostapi.VMInfo
-	var at *link
-	var mark uint64
-	err := c.onHost(ctx, vm.Host, "reconfiguring a VM", func(l *link, h *inventory.Host, client hostapi.HostClient) error {
-		if err := c.sendForReconfigure(ctx, run, vm, data, h, client); err != nil {
-			return err
-		}
-		if !data.Begun {
-			data.Begun = true
-			if err := c.saveVM(ctx, run, "begin", data, vm.Ref, data.note); err != nil {
-				data.Begun = false
-				return err
-			}
-		}
-		now, err := c.vmOfTask(run)
-		if err != nil {
-			return err
-		}
-		at, mark = l, l.runtimeMark(vm.UUID)
-		info, err = c.callReconfigure(ctx, run, now, data, client)
-		return hostFault(h, vm, fmt.Sprintf("reconfiguring VM %q", vm.Name), err)
-	})
+	info, at, mark, err := c.changeOnHost(ctx, run, vm, data)
 	if err != nil {
 		c.foreignKeys(ctx, vm, err)
 		return err
@@ -133,6 +123,31 @@ func (c *Center) reconfigure(ctx context.Context, run *task.Run, vm *inventory.V
 	}
 	c.reconfigured(ctx, run, vm.Ref, data)
 	return nil
+}
+
+// changeOnHost has the VM's host do it, or take it back. Its answer is of the link
+// at, as of mark.
+func (c *Center) changeOnHost(ctx context.Context, run *task.Run, vm *inventory.VM, data *reconfigureData) (info *hostapi.VMInfo, at *link, mark uint64, err error) {
+	err = c.onHost(ctx, vm.Host, "reconfiguring a VM", func(l *link, h *inventory.Host, client hostapi.HostClient) error {
+		if err := c.sendForReconfigure(ctx, run, vm, data, h, client); err != nil {
+			return err
+		}
+		if !data.Begun {
+			data.Begun = true
+			if err := c.saveVM(ctx, run, "begin", data, vm.Ref, data.note); err != nil {
+				data.Begun = false
+				return err
+			}
+		}
+		now, err := c.vmOfTask(run)
+		if err != nil {
+			return err
+		}
+		at, mark = l, l.runtimeMark(vm.UUID)
+		info, err = c.callReconfigure(ctx, run, now, data, client)
+		return hostFault(h, vm, fmt.Sprintf("reconfiguring VM %q", vm.Name), err)
+	})
+	return info, at, mark, err
 }
 
 // prepareKeys makes the new keys, and proves those that replace others: read
@@ -222,6 +237,7 @@ func (c *Center) callReconfigure(ctx context.Context, run *task.Run, vm *invento
 	if err != nil {
 		return nil, err
 	}
+	pace, _ := run.Pace()
 	change := func(kind, slot string) *hostapi.CryptoChange {
 		w := &hostapi.CryptoChange{Kind: wireConversion(kind)}
 		if slot != "" {
@@ -229,7 +245,7 @@ func (c *Center) callReconfigure(ctx context.Context, run *task.Run, vm *invento
 		}
 		return w
 	}
-	r := &hostapi.ReconfigureVMRequest{Header: c.header(run.Operation()), Ref: ref, RemoveDiskUuids: data.Remove, DeleteRemoved: data.Delete, Name: data.Name}
+	r := &hostapi.ReconfigureVMRequest{Header: c.header(run.Operation()), Ref: ref, RemoveDiskUuids: data.Remove, DeleteRemoved: data.Delete, Name: data.Name, Pace: wirePace(pace)}
 	if data.Crypto.Home != "" {
 		r.Home = change(data.Crypto.Home, data.Crypto.Slot)
 	}
@@ -249,8 +265,12 @@ func (c *Center) callReconfigure(ctx context.Context, run *task.Run, vm *invento
 	for _, a := range data.Attach {
 		r.AttachDisks = append(r.AttachDisks, &hostapi.AttachDisk{Datastore: a.Datastore, Path: a.Path, Controller: a.Controller})
 	}
+	if data.Undo {
+		data.takeBack(r, vm)
+	}
 	ctx, cancel := context.WithCancel(ctx)
 	defer cancel()
+	go c.lead(ctx, run, ref, client, pace)
 	stream, err := client.ReconfigureVM(ctx, r)
 	if err != nil {
 		return nil, err
@@ -266,7 +286,8 @@ func (c *Center) callReconfigure(ctx context.Context, run *task.Run, vm *invento
 		if m.GetResult() != nil {
 			return m.Result, nil
 		}
-		run.Progress(ctx, m.GetStage(), m.GetDoneBytes(), m.GetTotalBytes())
+		run.Report(ctx, task.Progress{Stage: m.GetStage(), Done: m.GetDoneBytes(), Total: m.GetTotalBytes(),
+			Rate: m.GetBytesPerSecond(), Left: int64(m.GetLeftSeconds())})
 	}
 }
 

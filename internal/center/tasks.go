@@ -22,6 +22,38 @@ const (
 // CancelTask asks a task to end. Who started it may, and who has the privilege
 // on what it works on.
 func (c *Center) CancelTask(ctx context.Context, p Principal, ref Ref) error {
+	if err := c.mayLead(p, ref); err != nil {
+		return err
+	}
+	return c.tasks.Cancel(ctx, ref)
+}
+
+// A PaceChange says what of a task's pace is to change; nil: as it is.
+type PaceChange struct {
+	Limit  *int64 // bytes per second; 0: none
+	Paused *bool
+}
+
+// SetTaskPace pauses, holds back or lets go a task that converts disks. Who may
+// cancel it may.
+func (c *Center) SetTaskPace(ctx context.Context, p Principal, ref Ref, change PaceChange) error {
+	if err := c.mayLead(p, ref); err != nil {
+		return err
+	}
+	if n := change.Limit; n != nil && *n < 0 {
+		return invalid("limit", "a limit of %d bytes per second: it is more than 0, or 0 for none", *n)
+	}
+	return c.tasks.SetPace(ctx, ref, func(pace *task.Pace) {
+		if change.Limit != nil {
+			pace.Limit = *change.Limit
+		}
+		if change.Paused != nil {
+			pace.Paused = *change.Paused
+		}
+	})
+}
+
+func (c *Center) mayLead(p Principal, ref Ref) error {
 	r, ok := inventory.Lookup[task.Record](c.view, ref)
 	if !ok {
 		f := fault(task.NotFound, "there is no task %s", ref)
@@ -33,7 +65,7 @@ func (c *Center) CancelTask(ctx context.Context, p Principal, ref Ref) error {
 			return err
 		}
 	}
-	return c.tasks.Cancel(ctx, ref)
+	return nil
 }
 
 // WaitTask returns when the task has ended, with its fault if it failed. When

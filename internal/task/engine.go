@@ -115,6 +115,7 @@ type Spec struct {
 	// locked by itself.
 	Locks      []string
 	Cancelable bool
+	Paceable   bool
 	Data       any
 	// Ops are committed together with the record.
 	Ops []store.Op
@@ -177,7 +178,7 @@ func (e *Engine) begin(ctx context.Context, spec Spec) (*Run, error) {
 	}
 	record := Record{
 		Ref: ref, Name: spec.Name, Entity: spec.Entity, EntityName: name, User: spec.User,
-		State: Queued, Queued: e.cfg.Clock(), Cancelable: spec.Cancelable,
+		State: Queued, Queued: e.cfg.Clock(), Cancelable: spec.Cancelable, Paceable: spec.Paceable,
 		Operation: uuid.NewString(), Type: spec.Type, Locks: spec.Locks, Data: data,
 	}
 	if err := e.take(record); err != nil {
@@ -280,7 +281,7 @@ func (e *Engine) execute(ctx context.Context, cancel context.CancelCauseFunc, ru
 		cancel(ErrCanceled)
 	}
 	run.mu.Unlock()
-	err := run.start(ctx)
+	err := run.start(context.WithoutCancel(ctx)) // one that was cancelled before center stopped has something to take back
 	if err == nil {
 		err = guarded(ctx, run, h)
 	}
@@ -335,6 +336,22 @@ func (e *Engine) Cancel(ctx context.Context, ref inventory.Ref) error {
 		return &Fault{Kind: InvalidState, Object: ref, Message: fmt.Sprintf("task %s has ended already (%s)", ref, r.State)}
 	}
 	return run.cancelBy(ctx)
+}
+
+// SetPace changes the pace of a task that rewrites data; others, and those that have
+// ended, give a fault.
+func (e *Engine) SetPace(ctx context.Context, ref inventory.Ref, change func(*Pace)) error {
+	e.mu.Lock()
+	run := e.runs[ref]
+	e.mu.Unlock()
+	if run == nil {
+		r, ok := inventory.Lookup[Record](e.cfg.Inventory.View(), ref)
+		if !ok {
+			return &Fault{Kind: NotFound, Object: ref, Message: fmt.Sprintf("there is no task %s", ref)}
+		}
+		return &Fault{Kind: InvalidState, Object: ref, Message: fmt.Sprintf("task %s has ended already (%s)", ref, r.State)}
+	}
+	return run.setPace(ctx, change)
 }
 
 // Wait returns the task's record when it has ended; only ctx ends it earlier.

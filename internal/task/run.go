@@ -27,7 +27,8 @@ type Run struct {
 	record   Record
 	revision int64
 	cancel   context.CancelCauseFunc
-	reported time.Time // when progress was last written
+	reported time.Time     // when progress was last written
+	paced    chan struct{} // closed when the pace is set; nil: nobody waits
 }
 
 // Ref is the task's.
@@ -98,26 +99,89 @@ func (r *Run) failpoint(ctx context.Context, step string) error {
 	return nil
 }
 
-// Progress reports how far the task is. It is written at most twice a second,
-// except when the stage changes.
+// Progress says how far a task is. Zero fields are not known.
+type Progress struct {
+	Stage       string
+	Done, Total int64 // bytes
+	Rate        int64 // bytes per second
+	Left        int64 // seconds
+}
+
+// Progress reports how far the task is, in bytes that may be 0.
 func (r *Run) Progress(ctx context.Context, stage string, done, total int64) {
+	r.Report(ctx, Progress{Stage: stage, Done: done, Total: total})
+}
+
+// Report reports how far the task is. It is written at most twice a second,
+// except when the stage changes.
+func (r *Run) Report(ctx context.Context, p Progress) {
 	r.mu.Lock()
 	now := r.engine.cfg.Clock()
-	if stage == r.record.Stage && now.Sub(r.reported) < progressEvery {
+	if p.Stage == r.record.Stage && now.Sub(r.reported) < progressEvery {
 		r.mu.Unlock()
 		return
 	}
 	r.reported = now
 	r.mu.Unlock()
 	err := r.write(ctx, func(rec *Record) {
-		rec.Stage, rec.DoneBytes, rec.TotalBytes = stage, done, total
-		if total > 0 {
-			rec.Progress = int32(min(99, max(0, done)*100/total))
+		rec.Stage, rec.DoneBytes, rec.TotalBytes, rec.Rate, rec.Left = p.Stage, p.Done, p.Total, p.Rate, p.Left
+		if p.Total > 0 {
+			rec.Progress = int32(min(99, max(0, p.Done)*100/p.Total))
 		}
 	})
 	if err != nil && ctx.Err() == nil {
 		r.engine.cfg.Logger.Warn("a task's progress could not be written", "task", r.id.Ref, "error", err)
 	}
+}
+
+// Pace is the task's pace, and a channel that is closed when it is set anew.
+func (r *Run) Pace() (Pace, <-chan struct{}) {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	if r.paced == nil {
+		r.paced = make(chan struct{})
+	}
+	return r.record.Pace, r.paced
+}
+
+func (r *Run) setPace(ctx context.Context, change func(*Pace)) error {
+	var ended bool
+	err := r.write(ctx, func(rec *Record) {
+		if ended = rec.Done(); !ended && rec.Paceable {
+			change(&rec.Pace)
+		}
+	})
+	switch {
+	case err != nil:
+		return err
+	case ended:
+		return &Fault{Kind: InvalidState, Object: r.id.Ref, Message: fmt.Sprintf("task %s has ended already", r.id.Ref)}
+	case !r.id.Paceable:
+		return &Fault{Kind: NotSupported, Object: r.id.Ref, Message: fmt.Sprintf("%s (%s) converts no disk: there is nothing to pause or to hold back", r.id.Name, r.id.Ref)}
+	}
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	if r.paced != nil {
+		close(r.paced)
+		r.paced = nil
+	}
+	return nil
+}
+
+// Undo makes durable, with data, that the task takes back what it did. From now on
+// it is too late to cancel it.
+func (r *Run) Undo(ctx context.Context, data any) error {
+	raw, err := json.Marshal(data)
+	if err != nil {
+		return fmt.Errorf("task %s: encoding its data: %w", r.id.Ref, err)
+	}
+	if err := r.failpoint(ctx, "undo: before"); err != nil {
+		return err
+	}
+	if err := r.write(ctx, func(rec *Record) { rec.Data, rec.Undoing, rec.Cancelable = raw, true, false }); err != nil {
+		return err
+	}
+	return r.failpoint(ctx, "undo: after")
 }
 
 // SetResult names what the task made.
@@ -168,9 +232,9 @@ func (r *Run) finish(ctx context.Context, fault *Fault) error {
 }
 
 func (r *Run) cancelBy(ctx context.Context) error {
-	var refused, ended bool
+	var refused, ended, undoing bool
 	err := r.write(ctx, func(rec *Record) {
-		ended = rec.Done()
+		ended, undoing = rec.Done(), rec.Undoing
 		if refused = !rec.Cancelable || ended; !refused {
 			rec.Cancelled = true
 		}
@@ -180,6 +244,10 @@ func (r *Run) cancelBy(ctx context.Context) error {
 	}
 	if ended {
 		return &Fault{Kind: InvalidState, Object: r.id.Ref, Message: fmt.Sprintf("task %s has ended already", r.id.Ref)}
+	}
+	if undoing {
+		return &Fault{Kind: InvalidState, Object: r.id.Ref,
+			Message: fmt.Sprintf("%s (%s) is cancelled already, and it is too late to stop it: what it did is being taken back; wait for its end", r.id.Name, r.id.Ref)}
 	}
 	if refused {
 		return &Fault{Kind: NotSupported, Object: r.id.Ref,

@@ -9,6 +9,8 @@ import (
 	"strings"
 	"testing"
 
+	"github.com/vmware/govmomi/property"
+	"github.com/vmware/govmomi/vim25/mo"
 	"github.com/vmware/govmomi/vim25/types"
 
 	"mortise/internal/authz"
@@ -223,6 +225,67 @@ func TestMortiseManager(t *testing.T) {
 	}
 	if _, err := c.VMDetail(ctx, false, vmRef("vm-999")); err == nil {
 		t.Error("the detail of a VM that is not there")
+	}
+}
+
+// TestPacedTask estimates a conversion, holds it back, and shows both where clients
+// look.
+func TestPacedTask(t *testing.T) {
+	t.Parallel()
+	w := vimapitest.Start(t)
+	w.SetUpProvider()
+	ctx := t.Context()
+	c := vimext.NewClient(w.Client().Client.Client)
+	id := w.CreateVM("web1")
+	spec := types.VirtualMachineConfigSpec{Crypto: &types.CryptoSpecEncrypt{}}
+	e, err := c.EstimateReconfigVM(ctx, vmRef(id), spec)
+	if err != nil || e.Bytes != 8<<20 || e.IdleSeconds != 8 || e.BusySeconds != 40 || len(e.Disks) != 1 || e.Disks[0].Kind != "encrypt" || e.Disks[0].Key != 2000 {
+		t.Errorf("the estimate: %+v %v", e, err)
+	}
+	if _, err := c.EstimateReconfigVM(ctx, vmRef("vm-999"), spec); err == nil {
+		t.Error("a VM that is not there was estimated")
+	}
+	half, once := make(chan bool), false
+	w.Host.OnStep(func(step int) {
+		if step == 4 && !once {
+			once = true
+			half <- true
+			<-half
+		}
+	})
+	task, err := objectVM(w, id).Reconfigure(ctx, spec)
+	if err != nil {
+		t.Fatal(err)
+	}
+	<-half
+	yes, no, limit := true, false, int64(5<<20)
+	if err := c.SetTaskPace(ctx, task.Reference(), &yes, &limit); err != nil {
+		t.Fatal(err)
+	}
+	d, err := c.TaskDetail(ctx, task.Reference())
+	if err != nil || !d[0].Paused || d[0].Limit != limit || !d[0].Paceable || d[0].State != "running" {
+		t.Errorf("a paused task: %+v %v", d, err)
+	}
+	var m mo.Task
+	if err := property.DefaultCollector(w.Client().Client).RetrieveOne(ctx, task.Reference(), []string{"info"}, &m); err != nil {
+		t.Fatal(err)
+	}
+	seen := map[string]any{}
+	for _, p := range m.Info.ProgressDetails {
+		seen[p.Key] = p.Value
+	}
+	if seen["paused"] != true || seen["limitBytesPerSecond"] != limit {
+		t.Errorf("its progress details: %v", seen)
+	}
+	if err := c.SetTaskPace(ctx, task.Reference(), &no, nil); err != nil {
+		t.Fatal(err)
+	}
+	half <- true
+	if err := task.Wait(ctx); err != nil {
+		t.Fatal(err)
+	}
+	if err := c.SetTaskPace(ctx, task.Reference(), &yes, nil); err == nil || !strings.Contains(err.Error(), "ended") {
+		t.Errorf("the pace of a task that has ended: %v", err)
 	}
 }
 

@@ -25,10 +25,14 @@ func mortiseMethods() []method {
 		row(vimext.ManagerType, "CreateJoinToken", "", (*call).createJoinToken),
 		row(vimext.ManagerType, "TrustKeyServer", authz.CryptoManageKeyServers, (*call).trustKeyServer),
 		row(vimext.ManagerType, "RegisterVMFolder_Task", "", (*call).registerVMFolder),
+		row(vimext.ManagerType, "SetTaskPace", "", (*call).setTaskPace),
 	}
 	for i := range rows {
-		rows[i].namespace = vimext.Namespace
 		rows[i].limit = anonymousLimit
+	}
+	rows = append(rows, row(vimext.ManagerType, "EstimateReconfigVM", "", (*call).estimateReconfigVM)) // its spec may be long
+	for i := range rows {
+		rows[i].namespace = vimext.Namespace
 	}
 	return rows
 }
@@ -164,6 +168,7 @@ func (c *call) retrieveTaskDetail(q *vimext.RetrieveTaskDetail) (*vimext.Retriev
 		}
 		d := vimext.TaskDetail{
 			Task: m, Name: t.Name, State: string(t.State), Stage: t.Stage, Progress: t.Progress, DoneBytes: t.DoneBytes, TotalBytes: t.TotalBytes,
+			Rate: t.Rate, Left: t.Left, Paceable: t.Paceable, Paused: t.Pace.Paused, Limit: t.Pace.Limit, Undoing: t.Undoing,
 			Started: optionalTime(t.Started), Finished: optionalTime(t.Finished), Cancelable: t.Cancelable, Cancelled: t.Cancelled,
 		}
 		if t.Error != nil {
@@ -253,4 +258,26 @@ func (c *call) register(folder types.ManagedObjectReference, path, name string, 
 	return c.s.center.RegisterVM(c.ctx, c.principal(), center.RegisterVMSpec{
 		Path: path, Name: name, Folder: ref(folder), Host: optionalRef(host), Pool: optionalRef(pool), AcceptOlderEpoch: older,
 	})
+}
+
+func (c *call) setTaskPace(q *vimext.SetTaskPace) (*vimext.SetTaskPaceResponse, error) {
+	err := c.s.center.SetTaskPace(c.ctx, c.principal(), ref(q.Task), center.PaceChange{Limit: q.Limit, Paused: q.Paused})
+	return &vimext.SetTaskPaceResponse{}, err
+}
+
+func (c *call) estimateReconfigVM(q *vimext.EstimateReconfigVM) (*vimext.EstimateReconfigVMResponse, error) {
+	vm, spec, err := c.changeOf(q.VM, &q.Spec)
+	if err != nil {
+		return nil, err
+	}
+	e, err := c.s.center.EstimateReconfigure(c.ctx, c.principal(), vm.Ref, spec)
+	if err != nil {
+		return nil, err
+	}
+	res := &vimext.EstimateReconfigVMResponse{Returnval: vimext.Estimate{Bytes: e.Bytes, IdleSeconds: e.Idle.Seconds(), BusySeconds: e.Busy.Seconds()}}
+	for _, d := range e.Disks {
+		res.Returnval.Disks = append(res.Returnval.Disks, vimext.DiskEstimate{Key: d.Key, Controller: d.Controller, Kind: d.Kind, Bytes: d.Bytes,
+			BytesPerSecond: d.Rate, IdleSeconds: d.Idle.Seconds(), BusySeconds: d.Busy.Seconds()})
+	}
+	return res, nil
 }

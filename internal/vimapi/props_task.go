@@ -38,6 +38,17 @@ func taskInfo(t *task.Record) types.TaskInfo {
 		info.ProgressDetails = append(info.ProgressDetails,
 			types.KeyAnyValue{Key: "doneBytes", Value: t.DoneBytes}, types.KeyAnyValue{Key: "totalBytes", Value: t.TotalBytes})
 	}
+	detail := func(key string, n int64) {
+		if n > 0 && !t.Done() {
+			info.ProgressDetails = append(info.ProgressDetails, types.KeyAnyValue{Key: key, Value: n})
+		}
+	}
+	detail("bytesPerSecond", t.Rate)
+	detail("secondsLeft", t.Left)
+	detail("limitBytesPerSecond", t.Pace.Limit)
+	if t.Pace.Paused && !t.Done() {
+		info.ProgressDetails = append(info.ProgressDetails, types.KeyAnyValue{Key: "paused", Value: true})
+	}
 	if t.State == task.Running {
 		info.Progress = t.Progress
 	}

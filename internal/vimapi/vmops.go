@@ -6,6 +6,7 @@ import (
 	"github.com/vmware/govmomi/vim25/types"
 
 	"mortise/internal/authz"
+	"mortise/internal/center"
 	"mortise/internal/inventory"
 )
 
@@ -45,19 +46,25 @@ func (c *call) registerVM(q *types.RegisterVM_Task) (*types.RegisterVM_TaskRespo
 }
 
 func (c *call) reconfigureVM(q *types.ReconfigVM_Task) (*types.ReconfigVM_TaskResponse, error) {
-	vm, ok := inventory.Lookup[inventory.VM](c.s.view, ref(q.This))
-	if !ok {
-		return nil, objectNotFound(q.This)
-	}
-	if err := c.s.auth.Check(c.principal(), authz.View, vm.Ref); err != nil {
-		return nil, err
-	}
-	spec, err := c.reconfigureSpec(vm, &q.Spec)
+	vm, spec, err := c.changeOf(q.This, &q.Spec)
 	if err != nil {
 		return nil, err
 	}
 	t, err := c.s.center.ReconfigureVM(c.ctx, c.principal(), vm.Ref, spec)
 	return &types.ReconfigVM_TaskResponse{Returnval: moref(t)}, err
+}
+
+// changeOf reads what is to change of a VM that the caller may see.
+func (c *call) changeOf(m types.ManagedObjectReference, conf *types.VirtualMachineConfigSpec) (*inventory.VM, center.ReconfigureSpec, error) {
+	vm, ok := inventory.Lookup[inventory.VM](c.s.view, ref(m))
+	if !ok {
+		return nil, center.ReconfigureSpec{}, objectNotFound(m)
+	}
+	if err := c.s.auth.Check(c.principal(), authz.View, vm.Ref); err != nil {
+		return nil, center.ReconfigureSpec{}, err
+	}
+	spec, err := c.reconfigureSpec(vm, conf)
+	return vm, spec, err
 }
 
 func (c *call) powerOn(q *types.PowerOnVM_Task) (*types.PowerOnVM_TaskResponse, error) {

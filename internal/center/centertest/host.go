@@ -46,6 +46,7 @@ type Host struct {
 	running  map[string]*guest   // by VM UUID
 	busy     map[string]bool
 	watchers map[chan *hostapi.HostEvent]struct{}
+	paces    map[string]*hostapi.Pace // of the changes that run, by VM UUID
 	calls    map[string]int
 	booted   time.Time
 	onCall   func(method string) error

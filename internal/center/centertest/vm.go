@@ -52,6 +52,7 @@ type disk struct {
 	content                []byte
 	sealed
 	converting string // the conversion under way
+	back       bool   // it runs back
 	done       int    // steps of it
 	target     *hostapi.KeyID
 	lie        bool
@@ -279,7 +280,7 @@ func (h *Host) info(d *Datastore, f *folder) *hostapi.VMInfo {
 			x.Encrypted, x.KeyId = false, nil
 		}
 		if disk.converting != "" {
-			x.Conversion, x.BoundaryBytes, x.TargetKeyId = disk.converting, disk.capacity*int64(disk.done)/steps, disk.target
+			x.Conversion, x.BoundaryBytes, x.TargetKeyId, x.Back = disk.converting, disk.capacity*int64(disk.done)/steps, disk.target, disk.back
 		}
 		i.Disks = append(i.Disks, x)
 	}
@@ -337,7 +338,13 @@ func (s *service) ReconfigureVM(r *hostapi.ReconfigureVMRequest, stream grpc.Ser
 		err = h.unlock(f)
 	}
 	if err == nil {
-		err = h.reconfigure(stream.Context(), d, f, r, func(p *hostapi.Progress) { stream.Send(p) })
+		h.setPace(f.uuid, r.Pace, true)
+		defer h.endPace(f.uuid)
+		change := h.reconfigure
+		if r.Undo {
+			change = h.undo
+		}
+		err = change(stream.Context(), d, f, r, func(p *hostapi.Progress) { stream.Send(p) })
 	}
 	if err != nil {
 		return err
@@ -436,10 +443,14 @@ func (h *Host) convert(ctx context.Context, d *Datastore, f *folder, disk *disk,
 	d.mu.Unlock()
 	for {
 		d.mu.Lock()
+		disk.back = false
 		at, full := disk.done, d.Full
 		d.mu.Unlock()
 		if at == steps {
 			break
+		}
+		if err := h.hold(ctx, f.uuid); err != nil {
+			return err
 		}
 		h.mu.Lock()
 		hook := h.onStep
@@ -456,7 +467,8 @@ func (h *Host) convert(ctx context.Context, d *Datastore, f *folder, disk *disk,
 		d.mu.Lock()
 		disk.done++
 		d.mu.Unlock()
-		tell(&hostapi.Progress{Stage: stage, DoneBytes: disk.capacity * int64(at+1) / steps, TotalBytes: disk.capacity})
+		tell(&hostapi.Progress{Stage: stage, DoneBytes: disk.capacity * int64(at+1) / steps, TotalBytes: disk.capacity,
+			BytesPerSecond: 1 << 20, LeftSeconds: float64(steps - at - 1)})
 	}
 	d.mu.Lock()
 	defer d.mu.Unlock()

@@ -96,6 +96,27 @@ type (
 	RegisterVMFolder_TaskResponse struct {
 		Returnval types.ManagedObjectReference `xml:"returnval"`
 	}
+
+	// SetTaskPace pauses a task that converts disks, lets it go on, or limits how
+	// much it rewrites. What is not set stays as it is; a limit of 0 is none.
+	SetTaskPace struct {
+		This   types.ManagedObjectReference `xml:"_this"`
+		Task   types.ManagedObjectReference `xml:"task"`
+		Paused *bool                        `xml:"paused,omitempty"`
+		Limit  *int64                       `xml:"limitBytesPerSecond,omitempty"`
+	}
+	SetTaskPaceResponse struct{}
+
+	// EstimateReconfigVM is VirtualMachine.ReconfigVM_Task, only that it changes
+	// nothing and says what would be rewritten.
+	EstimateReconfigVM struct {
+		This types.ManagedObjectReference   `xml:"_this"`
+		VM   types.ManagedObjectReference   `xml:"vm"`
+		Spec types.VirtualMachineConfigSpec `xml:"spec"`
+	}
+	EstimateReconfigVMResponse struct {
+		Returnval Estimate `xml:"returnval"`
+	}
 )
 
 // The SOAP bodies. Element names are in struct tags, so each needs a type.
@@ -145,6 +166,16 @@ type (
 		Res    *RegisterVMFolder_TaskResponse `xml:"RegisterVMFolder_TaskResponse,omitempty"`
 		Fault_ *soap.Fault                    `xml:"http://schemas.xmlsoap.org/soap/envelope/ Fault,omitempty"`
 	}
+	setTaskPaceBody struct {
+		Req    *SetTaskPace         `xml:"urn:mortise SetTaskPace,omitempty"`
+		Res    *SetTaskPaceResponse `xml:"SetTaskPaceResponse,omitempty"`
+		Fault_ *soap.Fault          `xml:"http://schemas.xmlsoap.org/soap/envelope/ Fault,omitempty"`
+	}
+	estimateReconfigVMBody struct {
+		Req    *EstimateReconfigVM         `xml:"urn:mortise EstimateReconfigVM,omitempty"`
+		Res    *EstimateReconfigVMResponse `xml:"EstimateReconfigVMResponse,omitempty"`
+		Fault_ *soap.Fault                 `xml:"http://schemas.xmlsoap.org/soap/envelope/ Fault,omitempty"`
+	}
 )
 
 func (b *retrieveVMDetailBody) Fault() *soap.Fault   { return b.Fault_ }
@@ -156,6 +187,8 @@ func (b *queryKeysBody) Fault() *soap.Fault          { return b.Fault_ }
 func (b *createJoinTokenBody) Fault() *soap.Fault    { return b.Fault_ }
 func (b *trustKeyServerBody) Fault() *soap.Fault     { return b.Fault_ }
 func (b *registerVMFolderBody) Fault() *soap.Fault   { return b.Fault_ }
+func (b *setTaskPaceBody) Fault() *soap.Fault        { return b.Fault_ }
+func (b *estimateReconfigVMBody) Fault() *soap.Fault { return b.Fault_ }
 
 // Client calls MortiseManager through a logged-in vSphere client.
 type Client struct {
@@ -251,6 +284,24 @@ func (c *Client) RegisterVM(ctx context.Context, q RegisterVMFolder_Task) (types
 	b.Req = &q
 	if err := c.soap.RoundTrip(ctx, &b, &b); err != nil {
 		return types.ManagedObjectReference{}, err
+	}
+	return b.Res.Returnval, nil
+}
+
+// SetTaskPace pauses a task that converts disks, lets it go on, or limits how many
+// bytes a second it rewrites; nil changes nothing, a limit of 0 is none.
+func (c *Client) SetTaskPace(ctx context.Context, task types.ManagedObjectReference, paused *bool, limit *int64) error {
+	var b setTaskPaceBody
+	b.Req = &SetTaskPace{This: Manager(), Task: task, Paused: paused, Limit: limit}
+	return c.soap.RoundTrip(ctx, &b, &b)
+}
+
+// EstimateReconfigVM says what a change of a VM would rewrite, and changes nothing.
+func (c *Client) EstimateReconfigVM(ctx context.Context, vm types.ManagedObjectReference, spec types.VirtualMachineConfigSpec) (Estimate, error) {
+	var b estimateReconfigVMBody
+	b.Req = &EstimateReconfigVM{This: Manager(), VM: vm, Spec: spec}
+	if err := c.soap.RoundTrip(ctx, &b, &b); err != nil {
+		return Estimate{}, err
 	}
 	return b.Res.Returnval, nil
 }

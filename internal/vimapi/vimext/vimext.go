@@ -85,11 +85,36 @@ type TaskDetail struct {
 	Progress   int32                        `xml:"progress"` // percent
 	DoneBytes  int64                        `xml:"doneBytes"`
 	TotalBytes int64                        `xml:"totalBytes"`
+	Rate       int64                        `xml:"bytesPerSecond,omitempty"` // lately; 0: not known
+	Left       int64                        `xml:"secondsLeft,omitempty"`    // at that rate
+	Paceable   bool                         `xml:"paceable"`                 // it can be paused and held back
+	Paused     bool                         `xml:"paused"`
+	Limit      int64                        `xml:"limitBytesPerSecond,omitempty"` // 0: none
+	Undoing    bool                         `xml:"undoing"`                       // cancelled: what it did is taken back
 	Started    *time.Time                   `xml:"started,omitempty"`
 	Finished   *time.Time                   `xml:"finished,omitempty"`
 	Cancelable bool                         `xml:"cancelable"`
 	Cancelled  bool                         `xml:"cancelled"`
 	Error      string                       `xml:"error,omitempty"`
+}
+
+// Estimate is what a change of a VM would rewrite.
+type Estimate struct {
+	Bytes       int64          `xml:"bytes"`       // of data, on all disks
+	IdleSeconds float64        `xml:"idleSeconds"` // beside an idle guest, or none
+	BusySeconds float64        `xml:"busySeconds"` // at most, beside a guest that is never idle
+	Disks       []DiskEstimate `xml:"disk,omitempty"`
+}
+
+// DiskEstimate is one disk's part of an Estimate.
+type DiskEstimate struct {
+	Key            int32   `xml:"key"`
+	Controller     string  `xml:"controller"`
+	Kind           string  `xml:"kind"` // "encrypt", "decrypt", "deep recrypt"
+	Bytes          int64   `xml:"bytes"`
+	BytesPerSecond int64   `xml:"bytesPerSecond"` // by a trial; 0 without data
+	IdleSeconds    float64 `xml:"idleSeconds"`
+	BusySeconds    float64 `xml:"busySeconds"`
 }
 
 // HostDetail is what there is to know of a host.
