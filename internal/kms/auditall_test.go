@@ -33,7 +33,11 @@ func TestExportOfAllLogs(t *testing.T) {
 			k = two.KMS
 		}
 		e := k.entry(tester, "", "test", fmt.Sprint(i), nil)
-		if _, err := k.journal.Append(&e, false); err != nil {
+		ticket, err := k.journal.Append(&e, false)
+		if err == nil && i >= n-2 {
+			err = ticket.Wait(ctx)
+		}
+		if err != nil {
 			t.Fatal(err)
 		}
 		if i%100 == 0 {
@@ -85,11 +89,16 @@ func TestExportOfAllLogs(t *testing.T) {
 // one said.
 func TestAuditPages(t *testing.T) {
 	f, _ := startAudited(t, t.TempDir(), AuditOptions{})
+	var last audit.Ticket
 	for i := range 2*auditPage + 10 {
 		e := f.entry(tester, "", "test", fmt.Sprint(i), nil)
-		if _, err := f.journal.Append(&e, false); err != nil {
+		var err error
+		if last, err = f.journal.Append(&e, false); err != nil {
 			t.Fatal(err)
 		}
+	}
+	if err := last.Wait(t.Context()); err != nil {
+		t.Fatal(err)
 	}
 	p, err := f.AuditPage(t.Context(), AuditPageRequest{})
 	if err != nil || p.Begin == nil || p.UpTo < 2*auditPage+10 || p.Last || len(p.Records) != auditPage {

@@ -202,8 +202,8 @@ func (k *KMS) writeEntry(ctx context.Context, e *audit.Entry, reserved bool) err
 
 // enqueue is the part of a transaction that audits it.
 func (k *KMS) enqueue(e *audit.Entry) store.Op {
-	e.Act = k.actPrefix + strconv.FormatUint(k.actNumber.Add(1), 36)
-	return k.queue.Add(e.Act, e.Append(nil))
+	e.Act = "" // it is the item's key, and comes back from there
+	return k.queue.Add(k.actPrefix+strconv.FormatUint(k.actNumber.Add(1), 36), e.Append(nil))
 }
 
 // strangers remembers whose certificates were refused lately: who is nobody must

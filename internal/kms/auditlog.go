@@ -211,7 +211,10 @@ func (k *KMS) drain(ctx context.Context) error {
 	if err := k.step("drain append"); err != nil {
 		return err
 	}
+	// Whoever stops waiting for the log does not know what it has, and would log
+	// the same again: the wait ends with the write, and not with ctx.
 	var last audit.Ticket
+	written := context.WithoutCancel(ctx)
 	for _, i := range items {
 		if k.logged[i.Key] {
 			continue
@@ -228,12 +231,12 @@ func (k *KMS) drain(ctx context.Context) error {
 		e.Act = i.Key
 		ticket, err := k.journal.Append(&e, true)
 		if err != nil {
-			_ = last.Wait(ctx) // what is durable of it, relearn finds
+			_ = last.Wait(written) // what is durable of it, relearn finds
 			return errors.Join(err, k.relearn())
 		}
 		last, k.logged[i.Key] = ticket, true
 	}
-	if err := last.Wait(ctx); err != nil {
+	if err := last.Wait(written); err != nil {
 		return errors.Join(err, k.relearn())
 	}
 	if err := k.step("drain logged"); err != nil {

@@ -42,13 +42,14 @@ func TestServersOwnChangesAreAudited(t *testing.T) {
 		{dated, "state by date", "Deactivated"},
 		{gone, "bytes dropped", "grace time over"},
 	} {
-		got := exported(t, f.KMS, AuditFilter{Object: want.object, Operation: want.act})
+		got := slices.DeleteFunc(exported(t, f.KMS, AuditFilter{Object: want.object, Operation: want.act}),
+			func(r audit.Record) bool { return r.Detail != want.detail })
 		e, err := s.inst.objects.Get(t.Context(), want.object)
 		if err != nil {
 			t.Fatal(err)
 		}
 		if len(got) != 1 || got[0].Actor != "server" || got[0].Client != "kms" || got[0].Instance != DefaultInstance ||
-			got[0].Detail != want.detail || got[0].Result != audit.Success || got[0].Revision != e.Revision || got[0].Act == "" {
+			got[0].Result != audit.Success || got[0].Revision != e.Revision || got[0].Act == "" {
 			t.Errorf("%s: %+v; the object is at revision %d", want.act, got, e.Revision)
 		}
 	}
