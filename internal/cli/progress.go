@@ -20,6 +20,9 @@ type state struct {
 	// Known better than by watching done, where holes are passed in no time; else zero.
 	rate float64 // bytes per second
 	left time.Duration
+
+	limit  int64 // bytes per second; 0: none
+	paused bool
 }
 
 func (s state) fraction() float64 {
@@ -83,7 +86,7 @@ func (p *progress) update(s state) {
 		return
 	}
 	now := p.now()
-	newStage := s.stage != p.state.stage
+	newStage := s.stage != p.state.stage || s.paused != p.state.paused
 	if newStage || s.total != p.state.total {
 		p.rate = meter{}
 	}
@@ -142,12 +145,17 @@ func (p *progress) text() string {
 			if d := p.now().Sub(p.begun); d >= time.Second {
 				t += fmt.Sprintf(", %s/s", size(int64(float64(s.total)/d.Seconds())))
 			}
+		} else if s.paused {
+			t += ", paused"
 		} else if s.rate > 0 {
 			t += fmt.Sprintf(", %s/s, %s left", size(int64(s.rate)), short(s.left))
 		} else if rate := p.rate.perSecond(); rate > 0 {
 			left := time.Duration(float64(s.total-s.done) / rate * float64(time.Second))
 			t += fmt.Sprintf(", %s/s, %s left", size(int64(rate)), short(left))
 		}
+	}
+	if s.total == 0 && s.paused && !p.ended {
+		t += "  paused"
 	}
 	if s.stage != "" {
 		t += "  " + s.stage

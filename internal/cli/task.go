@@ -20,14 +20,15 @@ import (
 
 func taskCommand() *cobra.Command {
 	g := &globals{}
-	return group(g, "task", "See, await and cancel what center is working on",
+	return group(g, "task", "See, await, hold back and cancel what center is working on",
 		`Whatever takes time is a task at center. A task goes on when the verb that began it
 ends, when its session ends, and after center or a host was restarted or killed:
 it resumes where it was.`,
 		`  mortise task ls
   mortise task watch task-14
+  mortise task limit task-14 --rate 50M
   mortise task cancel task-14`,
-		taskLs(g), taskWatch(g), taskCancel(g))
+		taskLs(g), taskWatch(g), taskPause(g), taskResume(g), taskLimit(g), taskCancel(g))
 }
 
 // taskJSON is a task in JSON.
@@ -41,6 +42,10 @@ type taskJSON struct {
 	Stage      string     `json:"stage,omitempty"`
 	DoneBytes  int64      `json:"doneBytes,omitempty"`
 	TotalBytes int64      `json:"totalBytes,omitempty"`
+	Rate       int64      `json:"rate,omitempty"`        // bytes per second
+	Left       int64      `json:"secondsLeft,omitempty"` // at that rate
+	Paused     bool       `json:"paused,omitempty"`
+	Limit      int64      `json:"limit,omitempty"` // bytes per second
 	User       string     `json:"user,omitempty"`
 	Queued     time.Time  `json:"queued"`
 	Started    *time.Time `json:"started,omitempty"`
@@ -51,7 +56,8 @@ type taskJSON struct {
 }
 
 const taskFields = `"task", "name", "entity", "entityName", "state" (queued, running, success,
-error), "percent", "stage", "doneBytes", "totalBytes", "user", "queued",
+error), "percent", "stage", "doneBytes", "totalBytes", "rate" and "limit" (bytes a
+second), "secondsLeft", "paused", "user", "queued",
 "started", "finished", "cancelable", "error", "result" (reference of what it made)`
 
 func newTaskJSON(i *types.TaskInfo) taskJSON {
@@ -59,6 +65,7 @@ func newTaskJSON(i *types.TaskInfo) taskJSON {
 	t := taskJSON{
 		Task: i.Task.Value, Name: taskName(i), EntityName: i.EntityName, State: string(i.State),
 		Percent: 100 * st.fraction(), Stage: st.stage, DoneBytes: st.done, TotalBytes: st.total,
+		Rate: int64(st.rate), Left: int64(st.left.Seconds()), Paused: st.paused, Limit: st.limit,
 		Queued: i.QueueTime, Started: i.StartTime, Finished: i.CompleteTime, Cancelable: i.Cancelable,
 	}
 	if i.State == types.TaskInfoStateSuccess {
@@ -89,8 +96,16 @@ func taskState(i *types.TaskInfo) state {
 			if d.Key == "stage" {
 				st.stage = v
 			}
+		case bool:
+			st.paused = st.paused || d.Key == "paused" && v
 		case int64:
 			switch d.Key {
+			case "bytesPerSecond":
+				st.rate = float64(v)
+			case "secondsLeft":
+				st.left = time.Duration(v) * time.Second
+			case "limitBytesPerSecond":
+				st.limit = v
 			case "doneBytes":
 				st.done = v
 			case "totalBytes":
@@ -141,8 +156,14 @@ func (c *client) listTasks(ctx context.Context) error {
 			if i.TotalBytes > 0 {
 				progress += fmt.Sprintf(" (%s of %s)", size(i.DoneBytes), size(i.TotalBytes))
 			}
+			if i.Rate > 0 && !i.Paused {
+				progress += fmt.Sprintf(" %s/s", size(i.Rate))
+			}
 			if i.Stage != "" {
 				progress += " " + i.Stage
+			}
+			if i.Paused {
+				progress += ", paused"
 			}
 		case string(types.TaskInfoStateError):
 			progress = i.Error
@@ -212,8 +233,9 @@ func taskCancel(g *globals) *cobra.Command {
 		Use:   "cancel TASK",
 		Short: "Cancel a task",
 		Long: `Asks center to cancel a task. What the task has changed is taken back: a conversion
-of a disk runs back to where it began. So a cancelled task may take a while to end.
-A task that is not cancelable is refused and goes on.
+of a disk runs back to where it began, under its guest if the VM runs, and its new keys
+are dropped. So a cancelled task may take a while to end; it cannot be cancelled once
+more. A task that is not cancelable is refused and goes on.
 
 JSON: {"task"}.`,
 		Example: `  mortise task cancel task-14`,
@@ -235,6 +257,88 @@ JSON: {"task"}.`,
 			return nil
 		}),
 	}
+}
+
+func taskPause(g *globals) *cobra.Command {
+	return paceVerb(g, &cobra.Command{
+		Use:   "pause TASK",
+		Short: "Let a conversion rest",
+		Long: `Lets a task that converts disks rest at a durable point. The VM runs on as fast as
+ever, and another conversion gets the turn. The task stays paused over restarts of
+center and hosts, and keeps other tasks off its VM: resume or cancel it.
+
+JSON: {"task"}.`,
+		Example: `  mortise task pause task-14`,
+	}, func() (paused *bool, limit *int64, said string, err error) {
+		yes := true
+		return &yes, nil, "%s is paused; mortise task resume %[1]s lets it go on.", nil
+	})
+}
+
+func taskResume(g *globals) *cobra.Command {
+	return paceVerb(g, &cobra.Command{
+		Use:   "resume TASK",
+		Short: "Let a paused conversion go on",
+		Long: `Lets a paused task go on. If other conversions have the turn on its host or its
+datastore, it waits for one.
+
+JSON: {"task"}.`,
+		Example: `  mortise task resume task-14`,
+	}, func() (paused *bool, limit *int64, said string, err error) {
+		no := false
+		return &no, nil, "%s goes on; mortise task watch %[1]s shows how.", nil
+	})
+}
+
+func taskLimit(g *globals) *cobra.Command {
+	var rate string
+	cmd := paceVerb(g, &cobra.Command{
+		Use:   "limit TASK --rate RATE",
+		Short: "Limit how fast a conversion goes",
+		Long: `Limits how many bytes a second a task rewrites, from now on and until it ends. A
+conversion gives way to its guest by itself; a limit spares what shares the storage.
+
+JSON: {"task"}.`,
+		Example: `  mortise task limit task-14 --rate 100M
+  mortise task limit task-14 --rate none`,
+	}, func() (paused *bool, limit *int64, said string, err error) {
+		var n int64
+		if rate != "none" {
+			if n, err = parseSize(rate, 1); err != nil || n <= 0 {
+				return nil, nil, "", fmt.Errorf("--rate %q: want bytes a second such as 100M, or none", rate)
+			}
+		}
+		return nil, &n, "%s has a new limit.", nil
+	})
+	cmd.Flags().StringVar(&rate, "rate", "", "bytes a second, such as 100M; none: no limit")
+	_ = cmd.MarkFlagRequired("rate")
+	return cmd
+}
+
+// paceVerb makes a verb that changes a task's pace.
+func paceVerb(g *globals, cmd *cobra.Command, change func() (paused *bool, limit *int64, said string, err error)) *cobra.Command {
+	cmd.Args = needs("TASK")
+	cmd.RunE = g.verb(func(ctx context.Context, c *client, args []string) error {
+		ref, err := taskRef(args[0])
+		if err != nil {
+			return err
+		}
+		paused, limit, said, err := change()
+		if err != nil {
+			return err
+		}
+		if err := c.ext.SetTaskPace(ctx, ref, paused, limit); err != nil {
+			return fmt.Errorf("%s: %w", args[0], err)
+		}
+		if c.json {
+			return c.printJSON(struct {
+				Task string `json:"task"`
+			}{args[0]})
+		}
+		c.say(said, args[0])
+		return nil
+	})
+	return cmd
 }
 
 // waiting says how a verb waits for its task.

@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"slices"
 	"strings"
+	"time"
 
 	"github.com/spf13/cobra"
 	"github.com/vmware/govmomi/vim25/methods"
@@ -26,12 +27,14 @@ type parts struct {
 	disks    []string
 	homeOnly bool
 	detach   bool
+	estimate bool
 }
 
 func (p *parts) bind(cmd *cobra.Command) {
 	f := cmd.Flags()
 	f.StringSliceVar(&p.disks, "disk", nil, "only this disk, as mortise vm info names it, e.g. scsi0:0; once for each")
 	f.BoolVar(&p.homeOnly, "vm-files-only", false, "only the VM's files, no disk")
+	f.BoolVar(&p.estimate, "estimate", false, "only say what would be rewritten, and how long that takes")
 	cmd.MarkFlagsMutuallyExclusive("disk", "vm-files-only")
 	detachFlag(cmd, &p.detach)
 }
@@ -76,16 +79,21 @@ from the key provider and gives it to the VM's host, which makes a key of its ow
 each disk and wraps it with that one. Wrapped keys and the key's id are written beside
 the disks; keys in clear are in the host's memory only.
 
-The content is rewritten once: what will be rewritten is told before. It survives kills
-and power cuts of any machine. Cancelled, it stops where it is, and nothing is lost: the
-VM works as it is, part of it still in clear, and the same command goes on from there.
+The content is rewritten once: what will be rewritten is told before, and --estimate
+tries how long that takes. It survives kills and power cuts of any machine. mortise task
+cancel has it run back: the VM is as it was. mortise task pause, resume and limit hold it
+back. A VM that runs can be encrypted, unless it has EFI firmware, whose variables are
+open then.
 
 What was in clear on the datastore before, and in its snapshots and backups, is not
 undone: storage may keep old blocks. Import or create an encrypted VM to avoid that.
 
-JSON: the task as of mortise task watch.`,
+JSON: the task as of mortise task watch; with --estimate {"bytes", "seconds",
+"secondsBeside" (at most, beside a guest that is never idle), "disks": [{"disk", "kind",
+"bytes", "rate", "seconds", "secondsBeside"}]}.`,
 		Example: `  mortise vm encrypt web1
   mortise vm encrypt web1 --policy Payroll --provider kms2 --detach
+  mortise vm encrypt web1 --estimate
   mortise vm encrypt web1 --disk scsi0:1`,
 		Args: needs("VM"),
 		RunE: g.verb(func(ctx context.Context, c *client, args []string) error {
@@ -117,7 +125,9 @@ func vmDecrypt(g *globals) *cobra.Command {
 data in clear, as plain VMDK that other tools open. The VM's files cannot be decrypted
 while a disk stays encrypted. The key stays at the key provider, for backups.
 
-JSON: the task as of mortise task watch.`,
+JSON: the task as of mortise task watch; with --estimate {"bytes", "seconds",
+"secondsBeside" (at most, beside a guest that is never idle), "disks": [{"disk", "kind",
+"bytes", "rate", "seconds", "secondsBeside"}]}.`,
 		Example: `  mortise vm decrypt web1
   mortise vm decrypt web1 --disk scsi0:1`,
 		Args: needs("VM"),
@@ -152,7 +162,9 @@ when a disk's own key may be known, such as after a host was broken into.
 If it stops half-way, old and new key together still open the VM, and running it again
 finishes. The old key stays at the key provider: backups may need it.
 
-JSON: the task as of mortise task watch.`,
+JSON: the task as of mortise task watch; with --estimate {"bytes", "seconds",
+"secondsBeside" (at most, beside a guest that is never idle), "disks": [{"disk", "kind",
+"bytes", "rate", "seconds", "secondsBeside"}]}.`,
 		Example: `  mortise vm recrypt web1
   mortise vm recrypt web1 --provider kms2
   mortise vm recrypt web1 --deep`,
@@ -195,6 +207,9 @@ func (c *client) convert(ctx context.Context, name, doing, done string, p parts,
 	if err != nil {
 		return fmt.Errorf("%s: %w", name, err)
 	}
+	if p.estimate {
+		return c.estimateOnly(ctx, ref, doing+" "+name, *spec)
+	}
 	if _, shallow := conv.crypto.(*types.CryptoSpecShallowRecrypt); !shallow && len(chosen) > 0 {
 		if err := c.estimate(ctx, ref, doing+" "+name, chosen); err != nil {
 			return err
@@ -229,6 +244,52 @@ func (c *client) estimate(ctx context.Context, vm types.ManagedObjectReference, 
 		disks = fmt.Sprintf("%d disks", len(chosen))
 	}
 	fmt.Fprintf(c.err, "%s rewrites %s: %s of data, of %s.\n", clean(title), disks, size(data), size(capacity))
+	return nil
+}
+
+// estimateJSON is an estimate in JSON.
+type estimateJSON struct {
+	Bytes         int64              `json:"bytes"`         // to rewrite
+	Seconds       float64            `json:"seconds"`       // beside an idle guest, or none
+	SecondsBeside float64            `json:"secondsBeside"` // at most, beside a guest that is never idle
+	Disks         []diskEstimateJSON `json:"disks"`
+}
+
+type diskEstimateJSON struct {
+	Disk          string  `json:"disk"`
+	Kind          string  `json:"kind"`
+	Bytes         int64   `json:"bytes"`
+	Rate          int64   `json:"rate"` // bytes a second, by a trial
+	Seconds       float64 `json:"seconds"`
+	SecondsBeside float64 `json:"secondsBeside"`
+}
+
+// estimateOnly has the host try what a conversion takes, and says it (rule E7).
+func (c *client) estimateOnly(ctx context.Context, vm types.ManagedObjectReference, title string, spec types.VirtualMachineConfigSpec) error {
+	e, err := c.ext.EstimateReconfigVM(ctx, vm, spec)
+	if err != nil {
+		return fmt.Errorf("%s: %w", title, err)
+	}
+	out := estimateJSON{Bytes: e.Bytes, Seconds: e.IdleSeconds, SecondsBeside: e.BusySeconds, Disks: []diskEstimateJSON{}}
+	for _, d := range e.Disks {
+		out.Disks = append(out.Disks, diskEstimateJSON{d.Controller, d.Kind, d.Bytes, d.BytesPerSecond, d.IdleSeconds, d.BusySeconds})
+	}
+	if c.json {
+		return c.printJSON(out)
+	}
+	if len(out.Disks) == 0 {
+		c.say("%s rewrites no disk's content: it takes moments.", title)
+		return nil
+	}
+	within := func(seconds float64) string { return short(time.Duration(seconds * float64(time.Second))) }
+	t := newTable(c.out, "DISK", "WHAT", "DATA", "RATE", "TIME, IDLE", "BESIDE A BUSY GUEST")
+	for _, d := range out.Disks {
+		t.row(d.Disk, d.Kind, size(d.Bytes), size(d.Rate)+"/s", within(d.Seconds), "up to "+within(d.SecondsBeside))
+	}
+	if err := t.flush(); err != nil {
+		return err
+	}
+	c.say("%s rewrites %s in about %s, or up to %s beside a guest that is never idle. Nothing was changed.", title, size(out.Bytes), within(out.Seconds), within(out.SecondsBeside))
 	return nil
 }
 

@@ -30,9 +30,12 @@ import (
 	"mortise/test/guest"
 )
 
-// binary builds the real program once.
+// binary is the real program: the one that MORTISE_BINARY names, or built now.
 func binary(t *testing.T) string {
 	t.Helper()
+	if path := os.Getenv("MORTISE_BINARY"); path != "" {
+		return path
+	}
 	dir := shortDir(t)
 	out := filepath.Join(dir, "mortise")
 	cmd := exec.Command("go", "build", "-o", out, "mortise/cmd/mortise")
@@ -303,6 +306,8 @@ func TestHostRunsEncryptedGuest(t *testing.T) {
 	h.push("k1", vm)
 	h.waitProgress(g)
 
+	h.runsBack(g, ref, disk)
+
 	if a := h.do(g, "io stop"); a.Values["errors"] != "0" {
 		t.Errorf("the guest saw errors: %v", a)
 	}
@@ -339,6 +344,66 @@ func TestHostRunsEncryptedGuest(t *testing.T) {
 			t.Errorf("%q is on the datastore in clear", needle)
 		}
 	}
+}
+
+// runsBack gives a busy guest's disk a new key, slowly, pauses that, cancels it in
+// the middle, and has it run back: the disk has its old key, and the guest noticed
+// nothing.
+func (h *testHost) runsBack(g *guest.Agent, ref *hostapi.VMRef, disk string) {
+	h.Helper()
+	h.Log("deep recrypt under the guest: held back, paused, cancelled, run back")
+	pace := func(p *hostapi.Pace) {
+		h.Helper()
+		if _, err := h.SetPace(h.Context(), &hostapi.PaceRequest{Ref: ref, Pace: p}); err != nil {
+			h.Fatal(err)
+		}
+	}
+	r := &hostapi.ReconfigureVMRequest{Ref: ref, Pace: &hostapi.Pace{LimitBytesPerSecond: 1 << 20}, Disks: []*hostapi.DiskCryptoChange{{DiskUuid: disk,
+		Change: &hostapi.CryptoChange{Kind: hostapi.CryptoChange_DEEP_RECRYPT, Key: h.push("k3", ref.Uuid)},
+		Before: &hostapi.Before{Encrypted: true, Key: h.push("k1", ref.Uuid)}}}}
+	ctx, cancel := context.WithCancel(h.Context())
+	defer cancel()
+	s, err := h.ReconfigureVM(ctx, r)
+	if err != nil {
+		h.Fatal(err)
+	}
+	for at := int64(0); at == 0; {
+		u, err := s.Recv()
+		if err != nil {
+			h.Fatal(err)
+		}
+		if at = u.DoneBytes; at > 0 && at >= u.TotalBytes {
+			h.Fatal("a limit did not hold it back")
+		}
+	}
+	pace(&hostapi.Pace{Paused: true})
+	h.waitProgress(g)
+	pace(&hostapi.Pace{LimitBytesPerSecond: 4 << 20})
+	cancel()
+	h.waitProgress(g)
+	r.Undo, r.Pace = true, nil
+	var res *hostapi.VMInfo
+	for began := time.Now(); res == nil; time.Sleep(100 * time.Millisecond) {
+		s, err := h.ReconfigureVM(h.Context(), r)
+		back := false
+		for err == nil {
+			var u *hostapi.Progress
+			if u, err = s.Recv(); err == nil {
+				back = back || u.Back && u.DoneBytes > 0
+				res = u.Result
+			}
+		}
+		if f, _ := hostapi.AsFault(err); res == nil && (f.Kind != hostapi.Fault_BUSY || time.Since(began) > time.Minute) { // the call before may be ending
+			h.Fatal(err)
+		}
+		if res != nil && !back {
+			h.Error("nothing was told of the way back")
+		}
+	}
+	if d := res.Disks[0]; d.KeyId.Key != "k1" || d.Conversion != "" {
+		h.Errorf("after running back: %v", d)
+	}
+	h.waitProgress(g)
 }
 
 // waitProgress waits until the guest's writer has written more.
