@@ -267,6 +267,7 @@ func (c *Center) callReconfigure(ctx context.Context, run *task.Run, vm *invento
 	}
 	if data.Undo {
 		data.takeBack(r, vm)
+		run.Progress(ctx, "running back", 0, 0)
 	}
 	ctx, cancel := context.WithCancel(ctx)
 	defer cancel()
