@@ -164,10 +164,11 @@ func registration(b kmip.KeyBlock, attributes ...kmip.Attribute) *payloads.Regis
 // TestNoDetailsReachTheClient: internal errors are logged, and the client hears
 // that there was one.
 func TestNoDetailsReachTheClient(t *testing.T) {
-	b := serve(t, Options{RequestTimeout: time.Nanosecond})
-	c := b.dial(t)
-	m := roundTrip(t, c, request(4, createAES()))
-	it := m.BatchItem[0]
+	watch, after := &holdUp{time: 700 * time.Millisecond}, "Create"
+	b := serve(t, Options{RequestTimeout: 500 * time.Millisecond, Watcher: watch})
+	watch.after.Store(&after)
+	m := roundTrip(t, b.dial(t), request(4, createAES(), &payloads.ActivateRequestPayload{}))
+	it := m.BatchItem[1] // its time was up; it is answered, for something was changed before
 	if it.ResultReason != kmip.ResultReasonGeneralFailure || strings.Contains(it.ResultMessage, "context") || strings.Contains(it.ResultMessage, "/") {
 		t.Errorf("answer %+v", it)
 	}
