@@ -181,7 +181,8 @@ is to be registered with Mortise later.
 
 JSON: as mortise disk info.`,
 		Example: `  mortise disk create vm1.vmdk --size 20G --key-file vm1.key
-  mortise disk create vm1.vmdk --size 20G --kmip kmip://kms1 --client-cert me.pem --ca ca.pem --key new
+  mortise disk create vm1.vmdk --size 20G --kmip kmip://kms1 --client-cert me.pem \
+    --ca ca.pem --key new
   mortise disk create scratch.vmdk --size 5G --plain`,
 		Args: needs("DISK.vmdk"),
 		RunE: func(cmd *cobra.Command, args []string) error {

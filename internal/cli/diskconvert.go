@@ -159,7 +159,8 @@ JSON: {"path", …} as mortise disk info, with "seconds", when it is done; or fo
 --estimate {"bytes", "rate", "seconds", "secondsBeside": of a guest that is never idle}.`,
 		Example: `  mortise disk convert vm1.vmdk --encrypt --key-file vm1.key
   mortise disk convert vm1.vmdk --recrypt --key-file old.key --new-key-file new.key --limit 100M
-  mortise disk convert vm1.vmdk --shallow --key-file vm1.key --kmip kmip://kms1 --client-cert me.pem --ca ca.pem --key new
+  mortise disk convert vm1.vmdk --shallow --key-file vm1.key --kmip kmip://kms1 \
+    --client-cert me.pem --ca ca.pem --key new
   mortise disk convert vm1.vmdk --resume --key-file vm1.key
   mortise disk convert vm1.vmdk --encrypt --key-file vm1.key --socket /run/vm1.sock.control`,
 		Args: needs("DISK.vmdk"),

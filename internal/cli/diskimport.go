@@ -40,7 +40,8 @@ new disk is removed again if the import fails or is interrupted.
 
 JSON: as mortise disk info, with "verified", and "sha256" with --hash.`,
 		Example: `  mortise disk import old.qcow2 vm2.vmdk --key-file vm2.key
-  mortise disk import /dev/vg0/vm2 vm2.vmdk --format raw --kmip kmip://kms1 --client-cert me.pem --ca ca.pem --key new`,
+  mortise disk import /dev/vg0/vm2 vm2.vmdk --format raw --kmip kmip://kms1 \
+    --client-cert me.pem --ca ca.pem --key new`,
 		Args: needs("SOURCE", "DISK.vmdk"),
 		RunE: func(cmd *cobra.Command, args []string) error {
 			return g.streams(cmd).importDisk(cmd.Context(), args[0], args[1], &d, importOptions{format, plain, !noVerify, hash})
@@ -188,7 +189,8 @@ not written over; one that is not finished is removed.
 
 JSON: {"disk", "target", "format", "size", "verified", "sha256"}.`,
 		Example: `  mortise disk export vm1.vmdk vm1.qcow2 --in-clear --key-file vm1.key
-  mortise disk export vm1.vmdk vm1-stream.vmdk --in-clear --options subformat=streamOptimized --key-file vm1.key`,
+  mortise disk export vm1.vmdk vm1-stream.vmdk --in-clear --key-file vm1.key \
+    --options subformat=streamOptimized`,
 		Args: needs("DISK.vmdk", "TARGET"),
 		RunE: func(cmd *cobra.Command, args []string) error {
 			if !clear {

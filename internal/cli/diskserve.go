@@ -69,11 +69,12 @@ At the first Ctrl-C requests that were read are answered, then everything is flu
 second one cuts the connections and flushes. Neither loses what was acknowledged.
 ` + keysHelp + `
 
-JSON: {"disk", "uuid", "size", "socket", "control", "uri", "qemu", "device", "libvirt"}, printed when
-the disk is served.`,
+JSON: {"disk", "uuid", "size", "socket", "control", "uri", "qemu", "device", "libvirt"},
+printed when the disk is served.`,
 		Example: `  mortise disk serve vm1.vmdk --key-file vm1.key --socket /run/vm1.sock
   mortise disk serve vm1.vmdk --key-file vm1.key --socket /run/vm1.sock --owner libvirt-qemu:kvm
-  mortise disk serve vm1.vmdk --key-file vm1.key --socket /run/vm1.sock --convert encrypt --limit 100M
+  mortise disk serve vm1.vmdk --key-file vm1.key --socket /run/vm1.sock \
+    --convert encrypt --limit 100M
   mortise disk serve vm1.vmdk --kmip kmip://kms1 --client-cert me.pem --ca ca.pem \
       --listen 0.0.0.0:10809 --tls-cert server.pem --tls-key server.key --tls-ca clients.pem`,
 		Args: needs("DISK.vmdk"),
