@@ -510,6 +510,9 @@ func TestChainPowerCut(t *testing.T) {
 
 // Bugs put in on purpose are found.
 func TestChainPowerCutFindsBugs(t *testing.T) {
+	if testing.Short() {
+		t.Skip("one process does one thing after the other here; see build/test.sh")
+	}
 	w := newWorld(t)
 	isExtent := func(name string) bool { return !strings.HasSuffix(name, stateSuffix) && name != "." }
 	for name, bug := range map[string]func(*chainTorture){

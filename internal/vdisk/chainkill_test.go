@@ -125,6 +125,9 @@ func TestChainKillChild(t *testing.T) {
 // Killed at each persistence step, with writes that nobody has flushed, the chain
 // opens and has them all, and running the operation again finishes it.
 func TestChainKill(t *testing.T) {
+	if testing.Short() {
+		t.Skip("one process does one thing after the other here; see build/test.sh")
+	}
 	w := fixedWorld()
 	before := t.TempDir()
 	path := filepath.Join(before, "vm.vmdk")

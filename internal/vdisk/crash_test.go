@@ -347,6 +347,9 @@ func TestPowerCut(t *testing.T) {
 
 // A test that finds nothing proves nothing: bugs put in on purpose are found.
 func TestPowerCutFindsBugs(t *testing.T) {
+	if testing.Short() {
+		t.Skip("one process does one thing after the other here; see build/test.sh")
+	}
 	w := newWorld(t)
 	isExtent := func(name string) bool { return strings.HasSuffix(name, "-flat.vmdk") }
 	for name, bug := range map[string]func(*torture){

@@ -120,6 +120,9 @@ func TestKillChild(t *testing.T) {
 // Killed at each persistence step of each operation, the disk opens, every sector
 // is right, and running the operation again finishes it.
 func TestKill(t *testing.T) {
+	if testing.Short() {
+		t.Skip("one process does one thing after the other here; see build/test.sh")
+	}
 	w := fixedWorld()
 	folder := t.TempDir()
 	model := make([]byte, killSize)
