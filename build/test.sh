@@ -4,7 +4,8 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 
 go build -trimpath -o bin/mortise ./cmd/mortise
-go test -timeout 10m $(go list ./... | grep -v '^mortise/test/' | grep -vxFf build/race-packages)
+# Many of these wait more than they compute.
+go test -p 4 -timeout 10m $(go list ./... | grep -v '^mortise/test/' | grep -vxFf build/race-packages)
 # What these skip or shorten under the race detector.
 go test -timeout 5m -run 'TestIdle|Alloc|TestFio|PowerCut|Kill' ./internal/kms/kmipd ./internal/nbd ./internal/vdisk
 # What runs the built program must not be taken from the test cache.
