@@ -418,45 +418,6 @@ func TestSystem(t *testing.T) {
 		}
 	})
 
-	run("a conversion of a running VM is held back and cancelled", func(t *testing.T) {
-		m.must("vm", "power", "on", "data")
-		key := m.keyOf("data")
-		if out := m.must("vm", "recrypt", "data", "--deep", "--estimate"); !strings.Contains(out, "scsi0:0") || !strings.Contains(out, "Nothing was changed") {
-			t.Errorf("the estimate:\n%s", out)
-		}
-		var task struct {
-			Task   string `json:"task"`
-			State  string `json:"state"`
-			Paused bool   `json:"paused"`
-			Limit  int64  `json:"limit"`
-		}
-		if err := json.Unmarshal([]byte(m.must("vm", "recrypt", "data", "--deep", "--detach", "--json")), &task); err != nil {
-			t.Fatal(err)
-		}
-		m.must("task", "limit", task.Task, "--rate", "16M")
-		m.must("task", "pause", task.Task)
-		out := m.must("task", "ls", "--json")
-		var all []json.RawMessage
-		if err := json.Unmarshal([]byte(out), &all); err != nil {
-			t.Fatal(err)
-		}
-		if err := json.Unmarshal(all[len(all)-1], &task); err != nil || !task.Paused || task.Limit != 16<<20 || task.State != "running" {
-			t.Errorf("a paused task: %+v, %v\n%s", task, err, out)
-		}
-		m.refused("working|progress|wait", "vm", "power", "off", "data")
-		m.must("task", "resume", task.Task)
-		m.must("task", "cancel", task.Task)
-		m.refused("cancel", "task", "watch", task.Task)
-		if err := m.encrypted("data", true); err != nil {
-			t.Error(err)
-		}
-		if now := m.keyOf("data"); now != key {
-			t.Errorf("its key is %s, and was %s", now, key)
-		}
-		m.refused("ended", "task", "pause", task.Task)
-		m.must("vm", "power", "off", "data")
-	})
-
 	run("decrypt, and every byte is there", func(t *testing.T) {
 		m.must("vm", "recrypt", "data", "--deep")
 		m.must("vm", "decrypt", "data")
