@@ -16,7 +16,7 @@ import (
 // what proves them.
 func TestExportOfAllLogs(t *testing.T) {
 	one, _ := startAudited(t, t.TempDir(), AuditOptions{})
-	two, _ := startAudited(t, t.TempDir(), AuditOptions{})
+	two, _ := startAuditedAs(t, t.TempDir(), "other", AuditOptions{})
 	ctx := t.Context()
 	const n = 2*auditPage/2 + 100
 	for _, k := range []*KMS{one.KMS, two.KMS} {
@@ -26,7 +26,6 @@ func TestExportOfAllLogs(t *testing.T) {
 			}
 		}
 	}
-	two.member = "other" // in what it writes from now on
 	for i := range n {
 		k := one.KMS
 		if i%2 == 1 {

@@ -28,7 +28,12 @@ import (
 // end would.
 func startAudited(t testing.TB, dir string, o AuditOptions) (f *fixture, stop func()) {
 	t.Helper()
-	s, err := store.Open(t.Context(), store.Config{Dir: filepath.Join(dir, "state"), Name: "kms"})
+	return startAuditedAs(t, dir, "kms", o)
+}
+
+func startAuditedAs(t testing.TB, dir, member string, o AuditOptions) (f *fixture, stop func()) {
+	t.Helper()
+	s, err := store.Open(t.Context(), store.Config{Dir: filepath.Join(dir, "state"), Name: member})
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -408,7 +413,10 @@ func TestStoreKnowsTheHead(t *testing.T) {
 	}
 	f, stop = startAudited(t, dir, AuditOptions{})
 	all := exported(t, f.KMS, AuditFilter{})
-	if all[0].Operation != "Begin Audit Log" || !strings.Contains(all[0].Detail, "is not here") {
+	for begin := time.Now(); len(all) == 0 && time.Since(begin) < 30*time.Second; time.Sleep(10 * time.Millisecond) {
+		all = exported(t, f.KMS, AuditFilter{}) // the first entry is on its way to the disk
+	}
+	if len(all) == 0 || all[0].Operation != "Begin Audit Log" || !strings.Contains(all[0].Detail, "is not here") {
 		t.Errorf("the new log begins with %+v", all[0].Entry)
 	}
 	r, err := f.AuditVerify(t.Context())

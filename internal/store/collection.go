@@ -68,7 +68,10 @@ func NewCollection[T any](ctx context.Context, s *Store, name string, codec Code
 	if err := s.load(ctx, name, c); err != nil {
 		return nil, fmt.Errorf("store: loading collection %s: %w", name, err)
 	}
-	if len(c.rows) > largeLoad {
+	s.cache.mu.RLock()
+	many := len(c.rows) > largeLoad
+	s.cache.mu.RUnlock()
+	if many {
 		debug.FreeOSMemory() // a load leaves as much garbage as it loads
 	}
 	return c, nil
