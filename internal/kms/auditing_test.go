@@ -198,6 +198,9 @@ func filesWith(t testing.TB, dir string, text []byte) (in []string) {
 // TestDrainIsKilledAtEveryStep ends the draining for good at each step in turn,
 // as when the member dies there, and starts the member again.
 func TestDrainIsKilledAtEveryStep(t *testing.T) {
+	if testing.Short() {
+		t.Skip("see build/test.sh")
+	}
 	for _, step := range []string{"drain append", "write", "sync", "drain logged", "drain removed"} {
 		for nth := range 2 {
 			t.Run(fmt.Sprintf("%s/%d", step, nth), func(t *testing.T) {

@@ -250,6 +250,9 @@ var administrator = kms.Actor{Kind: "socket", Name: "root", Role: kms.RoleAdmini
 // and a client works. New keys come to it when it is back; nothing is shredded
 // before it has confirmed; and then nothing old opens on any member.
 func TestKeysOfThreeMembers(t *testing.T) {
+	if testing.Short() {
+		t.Skip("see build/test.sh")
+	}
 	ctx := t.Context()
 	all := three(t)
 	a, b, c := all[0], all[1], all[2]

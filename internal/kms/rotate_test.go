@@ -461,6 +461,9 @@ var errKilled = errors.New("killed here")
 // TestKilled kills the KMS at every step of every change of keys. Started again
 // it finishes the change by itself; nothing is lost (S5).
 func TestKilled(t *testing.T) {
+	if testing.Short() {
+		t.Skip("see build/test.sh")
+	}
 	for kind, begin := range map[string]func(*keeper) error{
 		jobRotateKey: func(k *keeper) error { return k.RotateKey(t.Context(), tester, DefaultInstance) },
 		jobRotateCRK: func(k *keeper) error { return k.RotateCRK(t.Context(), tester, DefaultInstance, "", "") },
