@@ -262,7 +262,7 @@ func (e *Engine) launch(run *Run) {
 	e.working.Go(func() {
 		ctx, cancel := context.WithCancelCause(e.ctx)
 		defer cancel(nil)
-		h, known := e.handlers[run.record.Type]
+		h, known := e.handlers[run.id.Type]
 		if !known {
 			h = func(context.Context, *Run) error {
 				return &Fault{Kind: NotSupported, Message: fmt.Sprintf("this version of center knows no task of type %q; finish it with the version that began it", run.id.Type)}

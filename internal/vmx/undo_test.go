@@ -175,6 +175,9 @@ func (l *undoLab) check(when string, info *hostapi.VMInfo) {
 // of a disk while another is done, and undoes it: the VM is what it was, and opens
 // with the old keys alone. The undoing is killed at each of its own steps, too.
 func TestUndone(t *testing.T) {
+	if testing.Short() {
+		t.Skip("see build/test.sh")
+	}
 	for name, c := range map[string]struct {
 		kind  hostapi.CryptoChange_Kind
 		stops []string
