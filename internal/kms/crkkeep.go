@@ -168,8 +168,11 @@ func (k *KMS) keepCRKs(ctx context.Context) error {
 			if kind := here[e.Key]; kind != "" {
 				errs = append(errs, k.destroyHere(ctx, e.Key, kind))
 			}
-		case k.abandoned(e):
-			k.giveUp(e.Key)
+		case k.maybeAbandoned(e):
+			gone, err := k.abandoned(ctx, e)
+			if errs = append(errs, err); gone {
+				k.giveUp(e.Key)
+			}
 		case e.Value.State == CRKMaking:
 		case here[e.Key] != "":
 		case e.Value.State == CRKRetired || e.Value.Use != "":
@@ -202,15 +205,22 @@ func (k *KMS) keepCRKs(ctx context.Context) error {
 	return errors.Join(errs...)
 }
 
-// abandoned tells whether this member began to make a CRK, and has forgotten it:
-// it was interrupted before anything used the CRK.
-func (k *KMS) abandoned(e store.Entry[crkRecord]) bool {
+// maybeAbandoned tells whether this member began to make a CRK, is not making it
+// now, and nothing is recorded to use it.
+func (k *KMS) maybeAbandoned(e store.Entry[crkRecord]) bool {
 	r := e.Value
-	if r.Maker != k.self() || k.making.has(e.Key) || r.State != CRKMaking && (r.State != CRKUnused || r.Imported) {
-		return false
+	return r.Maker == k.self() && !k.making.has(e.Key) && (r.State == CRKMaking || r.State == CRKUnused && !r.Imported)
+}
+
+// abandoned tells whether such a CRK is not a change of keys' either: its maker
+// was interrupted before anything used it. The job is read from the log, since a
+// cache may not have yet what gave it the CRK.
+func (k *KMS) abandoned(ctx context.Context, e store.Entry[crkRecord]) (bool, error) {
+	job, err := k.jobs.Get(ctx, e.Value.Instance)
+	if errors.Is(err, store.ErrNotFound) {
+		return true, nil
 	}
-	job, ok := k.jobs.Peek(r.Instance)
-	return !ok || job.Value.CRK != e.Key
+	return err == nil && job.Value.CRK != e.Key, err
 }
 
 // fetchCRKs gets from the other members those of ids that this one lacks.
