@@ -48,7 +48,7 @@ func newTurns(host string, limits Conversions) *turns {
 }
 
 // wait returns when it is the caller's turn on a datastore, which lasts until done
-// is called; or with ctx's error. tell, unless nil, hears how far the line is.
+// is called; or with ctx's error. tell hears how far the line is.
 func (t *turns) wait(ctx context.Context, store string, tell func(text string)) (done func(), err error) {
 	if err := ctx.Err(); err != nil {
 		return nil, err

@@ -266,13 +266,16 @@ func (m *merge) move(from int64, buf []byte) (int64, error) {
 			return err
 		}
 		m.link.at("merge.durable")
-		return m.link.bits.remove(from, end)
+		if err := m.link.bits.remove(from, end); err != nil {
+			// Some bits may be gone from one of their three copies: what was written
+			// next to those units would not be noted again. Opening it anew makes the
+			// copies one.
+			return m.link.ext.fail(err)
+		}
+		return nil
 	}()
 	if err != nil {
 		thaw(func() {})
-		if m.link.ext.dead.Load() == nil && errors.As(err, new(*syncError)) {
-			return 0, m.link.ext.fail(err)
-		}
 		return 0, err
 	}
 	thaw(func() {

@@ -126,7 +126,26 @@ func (osFS) List(dir string) ([]string, error) {
 	return f.Readdirnames(-1)
 }
 
-func (osFS) Mkdir(dir string) error { return os.MkdirAll(dir, 0o700) }
+// Mkdir makes a folder that only this user can put files in, or sees that it is one:
+// what others could take out of it, or plant there, would lose writes.
+func (osFS) Mkdir(dir string) error {
+	if err := os.MkdirAll(dir, 0o700); err != nil {
+		return err
+	}
+	var st unix.Stat_t
+	if err := unix.Lstat(dir, &st); err != nil {
+		return &os.PathError{Op: "stat", Path: dir, Err: err}
+	}
+	switch {
+	case st.Mode&unix.S_IFMT != unix.S_IFDIR:
+		return fmt.Errorf("%s is not a folder of its own: remove it, or name another", dir)
+	case int(st.Uid) != os.Geteuid():
+		return fmt.Errorf("%s belongs to another user (id %d): remove it, or name another", dir, st.Uid)
+	case st.Mode&0o022 != 0:
+		return fmt.Errorf("others may write in %s: take that from them (chmod 700), or name another", dir)
+	}
+	return nil
+}
 
 func statOf(st *unix.Stat_t) fileStat {
 	return fileStat{size: st.Size, allocated: st.Blocks * 512, dev: st.Dev, ino: st.Ino}

@@ -5,7 +5,6 @@ import (
 	"encoding/hex"
 	"errors"
 	"fmt"
-	"io/fs"
 
 	"mortise/internal/keysafe"
 	"mortise/internal/vmdk"
@@ -107,19 +106,35 @@ func (k *kept) verify(key *dataKey) (bool, error) {
 // Nothing depends on it but Repair: a copy that cannot be written, or that a crash has
 // kept from it, is made good when the disk is opened next.
 func (d *Disk) keep() {
+	if err := d.keepNow(); err != nil {
+		d.opts.Log.Warn("no copy of a descriptor is kept: a damaged one could not be repaired", "disk", d.path, "error", err)
+	}
+}
+
+func (d *Disk) keepNow() error {
 	if _, encrypted := d.desc.Encryption(); !encrypted {
-		if err := d.opts.fs.Remove(keptName(d.path)); err != nil && !errors.Is(err, fs.ErrNotExist) {
-			d.opts.Log.Warn("the kept copy of a descriptor cannot be removed", "disk", d.path, "error", err)
-		}
-		return
+		return removeAll(d.opts.fs, keptName(d.path))
 	}
 	status := keptSteady
 	if d.state == nil || d.state.cur.Load().kind != NotConverting {
 		status = keptConverting
 	}
-	if err := d.keepAs(status); err != nil {
-		d.opts.Log.Warn("no copy of a descriptor is kept: a damaged one could not be repaired", "disk", d.path, "error", err)
+	return d.keepAs(status)
+}
+
+// keepOnly sees to it that no copy has a key safe other than the descriptor's: one
+// that cannot be written anew is removed. Otherwise who has a KEK that was replaced
+// would still have the DEK.
+func (d *Disk) keepOnly() error {
+	err := d.keepNow()
+	if err == nil {
+		return nil
 	}
+	if gone := removeAll(d.opts.fs, keptName(d.path)); gone != nil {
+		return fmt.Errorf("%s: the kept copy still has the key safe of before, and can be neither written nor removed; remove it, or run this again: %w", keptName(d.path), errors.Join(err, gone))
+	}
+	d.opts.Log.Warn("no copy of a descriptor is kept: a damaged one could not be repaired", "disk", d.path, "error", err)
+	return nil
 }
 
 // keepConverting marks the copy before a conversion begins. If that fails, the

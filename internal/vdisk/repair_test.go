@@ -3,6 +3,7 @@ package vdisk
 import (
 	"bytes"
 	"errors"
+	"io/fs"
 	"math/rand/v2"
 	"os"
 	"path/filepath"
@@ -251,4 +252,96 @@ func FuzzKept(f *testing.F) {
 			t.Fatal("something else passes for the copy", err)
 		}
 	})
+}
+
+// After a shallow recrypt no file beside the disk opens with the old KEK, whatever
+// becomes of the kept copy (rule R1).
+func TestKeptCopyOfOldKey(t *testing.T) {
+	w := newWorld(t)
+	path := diskPath(t)
+	create(t, path, w.spec(1<<20, kekA))
+	d := open(t, path, w.options())
+	copyKeys := func() []keysafe.KeyID {
+		t.Helper()
+		k, err := loadKept(osFS{}, path)
+		if err != nil {
+			t.Fatal(err)
+		}
+		enc, _ := k.desc.Encryption()
+		return enc.KeySafe.KeyIDs()
+	}
+	old := readFile(t, keptName(path))
+	recrypt := func() error { return d.ShallowRecrypt(t.Context(), kekB) }
+	if err := recrypt(); err != nil {
+		t.Fatal(err)
+	}
+	if ids := copyKeys(); len(ids) != 1 || ids[0] != kekB {
+		t.Fatalf("the copy is under %v", ids)
+	}
+
+	// As if the copy had not been written before a crash.
+	if err := os.WriteFile(keptName(path), old, 0o600); err != nil {
+		t.Fatal(err)
+	}
+	if err := recrypt(); err != nil {
+		t.Fatal(err)
+	}
+	if ids := copyKeys(); len(ids) != 1 || ids[0] != kekB {
+		t.Fatalf("run again, the copy is under %v", ids)
+	}
+
+	// One that cannot be replaced goes; if it stays, that is no success.
+	if err := os.Remove(keptName(path)); err != nil {
+		t.Fatal(err)
+	}
+	if err := os.MkdirAll(filepath.Join(keptName(path), "in the way"), 0o700); err != nil {
+		t.Fatal(err)
+	}
+	if err := recrypt(); err == nil || !strings.Contains(err.Error(), "remove it") {
+		t.Fatalf("with a copy that cannot be replaced: %v", err)
+	}
+	if err := os.Remove(filepath.Join(keptName(path), "in the way")); err != nil {
+		t.Fatal(err)
+	}
+	if err := recrypt(); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := os.Stat(keptName(path)); !errors.Is(err, fs.ErrNotExist) {
+		t.Fatalf("what was in the copy's place: %v", err)
+	}
+}
+
+// A live bitmap goes into a folder that only this user writes in.
+func TestFolderOfOthers(t *testing.T) {
+	dir := t.TempDir()
+	at := func(name string) string { return filepath.Join(dir, name) }
+	for _, err := range []error{
+		os.Mkdir(at("mine"), 0o700),
+		os.Mkdir(at("shared"), 0o700),
+		os.Chmod(at("shared"), 0o770),
+		os.Symlink(at("mine"), at("link")),
+		os.WriteFile(at("file"), nil, 0o600),
+		os.Mkdir(at("other"), 0o700),
+	} {
+		if err != nil {
+			t.Fatal(err)
+		}
+	}
+	refused := map[string]string{"shared": "others may write", "link": "not a folder of its own", "file": "not a directory"}
+	if os.Geteuid() == 0 {
+		if err := os.Chown(at("other"), 1234, -1); err != nil {
+			t.Fatal(err)
+		}
+		refused["other"] = "another user"
+	}
+	for name, why := range refused {
+		if err := (osFS{}).Mkdir(at(name)); err == nil || !strings.Contains(err.Error(), why) {
+			t.Errorf("%s: %v, not %q", name, err, why)
+		}
+	}
+	for _, name := range []string{"mine", "new"} {
+		if err := (osFS{}).Mkdir(at(name)); err != nil {
+			t.Errorf("%s: %v", name, err)
+		}
+	}
 }

@@ -9,7 +9,7 @@ import (
 )
 
 // ShallowRecrypt wraps the disk's DEK under the KEK to, and then no longer under
-// any other (rule R1). Requests go on meanwhile; no data is rewritten. Interrupted
+// any other (rule R1), neither in the descriptor nor in its kept copy. Requests go on meanwhile; no data is rewritten. Interrupted
 // at any instant, the disk opens with the old KEK or the new one, and running it
 // again finishes. A conversion that was interrupted must be finished first.
 //
@@ -27,7 +27,7 @@ func (d *Disk) ShallowRecrypt(ctx context.Context, to keysafe.KeyID) error {
 		return &Error{Kind: ErrConverting, File: d.path, Why: "it is in the middle of: " + d.kind.String(), Fix: "finish that first: resume it"}
 	}
 	if ids := enc.KeySafe.KeyIDs(); len(ids) == 1 && ids[0] == to {
-		return nil
+		return d.keepOnly()
 	}
 	b := binding(d.opts.VM, d.desc.UUID())
 	both, err := enc.KeySafe.Rewrap(d.opts.Random, b, d.opts.KEKs, to)
@@ -64,6 +64,9 @@ func (d *Disk) ShallowRecrypt(ctx context.Context, to keysafe.KeyID) error {
 		return &Error{Kind: ErrTampered, File: d.path, Why: fmt.Sprintf("its pair of key %s holds another key than the disk has", to), Fix: "restore the descriptor from a backup; " + untouched}
 	}
 	if err := d.saveSafe(only); err != nil {
+		return err
+	}
+	if err := d.keepOnly(); err != nil {
 		return err
 	}
 	d.opts.Log.Info("disk recrypted", "disk", d.path, "kind", "shallow", "key", to.String())
