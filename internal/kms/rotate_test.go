@@ -543,7 +543,11 @@ func TestKilled(t *testing.T) {
 				} else {
 					select {
 					case <-dead:
-					case <-k.finished(): // this time in fewer steps
+					case <-k.finished(): // in fewer steps this time, or at the last one
+						select {
+						case <-dead:
+						case <-time.After(time.Second):
+						}
 					}
 				}
 				k.stop()
