@@ -134,6 +134,67 @@ func (HostEvent_Kind) EnumDescriptor() ([]byte, []int) {
 	return file_internal_hostapi_hostapi_proto_rawDescGZIP(), []int{10, 0}
 }
 
+type SnapshotRequest_Act int32
+
+const (
+	SnapshotRequest_UNKNOWN     SnapshotRequest_Act = 0
+	SnapshotRequest_CREATE      SnapshotRequest_Act = 1 // name, description; with a guest running or not
+	SnapshotRequest_REVERT      SnapshotRequest_Act = 2 // to id; powered off
+	SnapshotRequest_REMOVE      SnapshotRequest_Act = 3 // id, with what stands on it if children is set
+	SnapshotRequest_REMOVE_ALL  SnapshotRequest_Act = 4
+	SnapshotRequest_RENAME      SnapshotRequest_Act = 5 // id; name and description are the new ones
+	SnapshotRequest_CONSOLIDATE SnapshotRequest_Act = 6 // merge what an earlier call has left
+)
+
+// Enum value maps for SnapshotRequest_Act.
+var (
+	SnapshotRequest_Act_name = map[int32]string{
+		0: "UNKNOWN",
+		1: "CREATE",
+		2: "REVERT",
+		3: "REMOVE",
+		4: "REMOVE_ALL",
+		5: "RENAME",
+		6: "CONSOLIDATE",
+	}
+	SnapshotRequest_Act_value = map[string]int32{
+		"UNKNOWN":     0,
+		"CREATE":      1,
+		"REVERT":      2,
+		"REMOVE":      3,
+		"REMOVE_ALL":  4,
+		"RENAME":      5,
+		"CONSOLIDATE": 6,
+	}
+)
+
+func (x SnapshotRequest_Act) Enum() *SnapshotRequest_Act {
+	p := new(SnapshotRequest_Act)
+	*p = x
+	return p
+}
+
+func (x SnapshotRequest_Act) String() string {
+	return protoimpl.X.EnumStringOf(x.Descriptor(), protoreflect.EnumNumber(x))
+}
+
+func (SnapshotRequest_Act) Descriptor() protoreflect.EnumDescriptor {
+	return file_internal_hostapi_hostapi_proto_enumTypes[2].Descriptor()
+}
+
+func (SnapshotRequest_Act) Type() protoreflect.EnumType {
+	return &file_internal_hostapi_hostapi_proto_enumTypes[2]
+}
+
+func (x SnapshotRequest_Act) Number() protoreflect.EnumNumber {
+	return protoreflect.EnumNumber(x)
+}
+
+// Deprecated: Use SnapshotRequest_Act.Descriptor instead.
+func (SnapshotRequest_Act) EnumDescriptor() ([]byte, []int) {
+	return file_internal_hostapi_hostapi_proto_rawDescGZIP(), []int{17, 0}
+}
+
 type CryptoChange_Kind int32
 
 const (
@@ -173,11 +234,11 @@ func (x CryptoChange_Kind) String() string {
 }
 
 func (CryptoChange_Kind) Descriptor() protoreflect.EnumDescriptor {
-	return file_internal_hostapi_hostapi_proto_enumTypes[2].Descriptor()
+	return file_internal_hostapi_hostapi_proto_enumTypes[3].Descriptor()
 }
 
 func (CryptoChange_Kind) Type() protoreflect.EnumType {
-	return &file_internal_hostapi_hostapi_proto_enumTypes[2]
+	return &file_internal_hostapi_hostapi_proto_enumTypes[3]
 }
 
 func (x CryptoChange_Kind) Number() protoreflect.EnumNumber {
@@ -186,7 +247,7 @@ func (x CryptoChange_Kind) Number() protoreflect.EnumNumber {
 
 // Deprecated: Use CryptoChange_Kind.Descriptor instead.
 func (CryptoChange_Kind) EnumDescriptor() ([]byte, []int) {
-	return file_internal_hostapi_hostapi_proto_rawDescGZIP(), []int{30, 0}
+	return file_internal_hostapi_hostapi_proto_rawDescGZIP(), []int{32, 0}
 }
 
 type Fault_Kind int32
@@ -249,11 +310,11 @@ func (x Fault_Kind) String() string {
 }
 
 func (Fault_Kind) Descriptor() protoreflect.EnumDescriptor {
-	return file_internal_hostapi_hostapi_proto_enumTypes[3].Descriptor()
+	return file_internal_hostapi_hostapi_proto_enumTypes[4].Descriptor()
 }
 
 func (Fault_Kind) Type() protoreflect.EnumType {
-	return &file_internal_hostapi_hostapi_proto_enumTypes[3]
+	return &file_internal_hostapi_hostapi_proto_enumTypes[4]
 }
 
 func (x Fault_Kind) Number() protoreflect.EnumNumber {
@@ -262,7 +323,7 @@ func (x Fault_Kind) Number() protoreflect.EnumNumber {
 
 // Deprecated: Use Fault_Kind.Descriptor instead.
 func (Fault_Kind) EnumDescriptor() ([]byte, []int) {
-	return file_internal_hostapi_hostapi_proto_rawDescGZIP(), []int{57, 0}
+	return file_internal_hostapi_hostapi_proto_rawDescGZIP(), []int{60, 0}
 }
 
 type JoinRequest struct {
@@ -1308,21 +1369,24 @@ func (x *DiskExpect) GetOptional() bool {
 
 // VMInfo is a VM's folder as read, and its runtime.
 type VMInfo struct {
-	state         protoimpl.MessageState `protogen:"open.v1"`
-	Ref           *VMRef                 `protobuf:"bytes,1,opt,name=ref,proto3" json:"ref,omitempty"`
-	Name          string                 `protobuf:"bytes,2,opt,name=name,proto3" json:"name,omitempty"`
-	Runtime       *VMRuntime             `protobuf:"bytes,3,opt,name=runtime,proto3" json:"runtime,omitempty"`
-	Hardware      *Hardware              `protobuf:"bytes,4,opt,name=hardware,proto3" json:"hardware,omitempty"`
-	Encrypted     bool                   `protobuf:"varint,5,opt,name=encrypted,proto3" json:"encrypted,omitempty"` // VM files: the VMX has a bundle
-	Key           *KeyID                 `protobuf:"bytes,6,opt,name=key,proto3" json:"key,omitempty"`              // that wraps the VM config key
-	Epoch         uint64                 `protobuf:"varint,7,opt,name=epoch,proto3" json:"epoch,omitempty"`         // of the bundle
-	Disks         []*DiskInfo            `protobuf:"bytes,8,rep,name=disks,proto3" json:"disks,omitempty"`
-	Locked        bool                   `protobuf:"varint,9,opt,name=locked,proto3" json:"locked,omitempty"` // a bundle that no key in the host's cache opens
-	LockedReason  string                 `protobuf:"bytes,10,opt,name=locked_reason,json=lockedReason,proto3" json:"locked_reason,omitempty"`
-	SizeBytes     int64                  `protobuf:"varint,11,opt,name=size_bytes,json=sizeBytes,proto3" json:"size_bytes,omitempty"` // of all files
-	Problems      []string               `protobuf:"bytes,12,rep,name=problems,proto3" json:"problems,omitempty"`                     // each names a file, the reason and the way out
-	unknownFields protoimpl.UnknownFields
-	sizeCache     protoimpl.SizeCache
+	state               protoimpl.MessageState `protogen:"open.v1"`
+	Ref                 *VMRef                 `protobuf:"bytes,1,opt,name=ref,proto3" json:"ref,omitempty"`
+	Name                string                 `protobuf:"bytes,2,opt,name=name,proto3" json:"name,omitempty"`
+	Runtime             *VMRuntime             `protobuf:"bytes,3,opt,name=runtime,proto3" json:"runtime,omitempty"`
+	Hardware            *Hardware              `protobuf:"bytes,4,opt,name=hardware,proto3" json:"hardware,omitempty"`
+	Encrypted           bool                   `protobuf:"varint,5,opt,name=encrypted,proto3" json:"encrypted,omitempty"` // VM files: the VMX has a bundle
+	Key                 *KeyID                 `protobuf:"bytes,6,opt,name=key,proto3" json:"key,omitempty"`              // that wraps the VM config key
+	Epoch               uint64                 `protobuf:"varint,7,opt,name=epoch,proto3" json:"epoch,omitempty"`         // of the bundle
+	Disks               []*DiskInfo            `protobuf:"bytes,8,rep,name=disks,proto3" json:"disks,omitempty"`
+	Locked              bool                   `protobuf:"varint,9,opt,name=locked,proto3" json:"locked,omitempty"` // a bundle that no key in the host's cache opens
+	LockedReason        string                 `protobuf:"bytes,10,opt,name=locked_reason,json=lockedReason,proto3" json:"locked_reason,omitempty"`
+	SizeBytes           int64                  `protobuf:"varint,11,opt,name=size_bytes,json=sizeBytes,proto3" json:"size_bytes,omitempty"`                               // of all files
+	Problems            []string               `protobuf:"bytes,12,rep,name=problems,proto3" json:"problems,omitempty"`                                                   // each names a file, the reason and the way out
+	Snapshots           []*Snapshot            `protobuf:"bytes,13,rep,name=snapshots,proto3" json:"snapshots,omitempty"`                                                 // parents first
+	CurrentSnapshot     int32                  `protobuf:"varint,14,opt,name=current_snapshot,json=currentSnapshot,proto3" json:"current_snapshot,omitempty"`             // that the disks stand on; 0: none
+	ConsolidationNeeded bool                   `protobuf:"varint,15,opt,name=consolidation_needed,json=consolidationNeeded,proto3" json:"consolidation_needed,omitempty"` // links stand in the folder that no snapshot needs: SnapshotRequest.CONSOLIDATE
+	unknownFields       protoimpl.UnknownFields
+	sizeCache           protoimpl.SizeCache
 }
 
 func (x *VMInfo) Reset() {
@@ -1439,6 +1503,205 @@ func (x *VMInfo) GetProblems() []string {
 	return nil
 }
 
+func (x *VMInfo) GetSnapshots() []*Snapshot {
+	if x != nil {
+		return x.Snapshots
+	}
+	return nil
+}
+
+func (x *VMInfo) GetCurrentSnapshot() int32 {
+	if x != nil {
+		return x.CurrentSnapshot
+	}
+	return 0
+}
+
+func (x *VMInfo) GetConsolidationNeeded() bool {
+	if x != nil {
+		return x.ConsolidationNeeded
+	}
+	return false
+}
+
+// Snapshot is the disks of a VM as they were at an instant. What was in the guest's
+// memory is not in it.
+type Snapshot struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Id            int32                  `protobuf:"varint,1,opt,name=id,proto3" json:"id,omitempty"`         // in the VM, counted from 1, never used again
+	Parent        int32                  `protobuf:"varint,2,opt,name=parent,proto3" json:"parent,omitempty"` // 0: none
+	Name          string                 `protobuf:"bytes,3,opt,name=name,proto3" json:"name,omitempty"`
+	Description   string                 `protobuf:"bytes,4,opt,name=description,proto3" json:"description,omitempty"`
+	CreatedUnix   int64                  `protobuf:"varint,5,opt,name=created_unix,json=createdUnix,proto3" json:"created_unix,omitempty"`
+	PoweredOn     bool                   `protobuf:"varint,6,opt,name=powered_on,json=poweredOn,proto3" json:"powered_on,omitempty"` // the guest ran: its disks are as after a power cut
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *Snapshot) Reset() {
+	*x = Snapshot{}
+	mi := &file_internal_hostapi_hostapi_proto_msgTypes[16]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *Snapshot) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*Snapshot) ProtoMessage() {}
+
+func (x *Snapshot) ProtoReflect() protoreflect.Message {
+	mi := &file_internal_hostapi_hostapi_proto_msgTypes[16]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use Snapshot.ProtoReflect.Descriptor instead.
+func (*Snapshot) Descriptor() ([]byte, []int) {
+	return file_internal_hostapi_hostapi_proto_rawDescGZIP(), []int{16}
+}
+
+func (x *Snapshot) GetId() int32 {
+	if x != nil {
+		return x.Id
+	}
+	return 0
+}
+
+func (x *Snapshot) GetParent() int32 {
+	if x != nil {
+		return x.Parent
+	}
+	return 0
+}
+
+func (x *Snapshot) GetName() string {
+	if x != nil {
+		return x.Name
+	}
+	return ""
+}
+
+func (x *Snapshot) GetDescription() string {
+	if x != nil {
+		return x.Description
+	}
+	return ""
+}
+
+func (x *Snapshot) GetCreatedUnix() int64 {
+	if x != nil {
+		return x.CreatedUnix
+	}
+	return 0
+}
+
+func (x *Snapshot) GetPoweredOn() bool {
+	if x != nil {
+		return x.PoweredOn
+	}
+	return false
+}
+
+type SnapshotRequest struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Header        *Header                `protobuf:"bytes,1,opt,name=header,proto3" json:"header,omitempty"`
+	Ref           *VMRef                 `protobuf:"bytes,2,opt,name=ref,proto3" json:"ref,omitempty"`
+	Act           SnapshotRequest_Act    `protobuf:"varint,3,opt,name=act,proto3,enum=mortise.host.v1.SnapshotRequest_Act" json:"act,omitempty"`
+	Id            int32                  `protobuf:"varint,4,opt,name=id,proto3" json:"id,omitempty"`
+	Name          string                 `protobuf:"bytes,5,opt,name=name,proto3" json:"name,omitempty"`
+	Description   string                 `protobuf:"bytes,6,opt,name=description,proto3" json:"description,omitempty"`
+	Children      bool                   `protobuf:"varint,7,opt,name=children,proto3" json:"children,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *SnapshotRequest) Reset() {
+	*x = SnapshotRequest{}
+	mi := &file_internal_hostapi_hostapi_proto_msgTypes[17]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *SnapshotRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*SnapshotRequest) ProtoMessage() {}
+
+func (x *SnapshotRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_internal_hostapi_hostapi_proto_msgTypes[17]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use SnapshotRequest.ProtoReflect.Descriptor instead.
+func (*SnapshotRequest) Descriptor() ([]byte, []int) {
+	return file_internal_hostapi_hostapi_proto_rawDescGZIP(), []int{17}
+}
+
+func (x *SnapshotRequest) GetHeader() *Header {
+	if x != nil {
+		return x.Header
+	}
+	return nil
+}
+
+func (x *SnapshotRequest) GetRef() *VMRef {
+	if x != nil {
+		return x.Ref
+	}
+	return nil
+}
+
+func (x *SnapshotRequest) GetAct() SnapshotRequest_Act {
+	if x != nil {
+		return x.Act
+	}
+	return SnapshotRequest_UNKNOWN
+}
+
+func (x *SnapshotRequest) GetId() int32 {
+	if x != nil {
+		return x.Id
+	}
+	return 0
+}
+
+func (x *SnapshotRequest) GetName() string {
+	if x != nil {
+		return x.Name
+	}
+	return ""
+}
+
+func (x *SnapshotRequest) GetDescription() string {
+	if x != nil {
+		return x.Description
+	}
+	return ""
+}
+
+func (x *SnapshotRequest) GetChildren() bool {
+	if x != nil {
+		return x.Children
+	}
+	return false
+}
+
 type Hardware struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	MemoryMib     int64                  `protobuf:"varint,1,opt,name=memory_mib,json=memoryMib,proto3" json:"memory_mib,omitempty"`
@@ -1453,7 +1716,7 @@ type Hardware struct {
 
 func (x *Hardware) Reset() {
 	*x = Hardware{}
-	mi := &file_internal_hostapi_hostapi_proto_msgTypes[16]
+	mi := &file_internal_hostapi_hostapi_proto_msgTypes[18]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1465,7 +1728,7 @@ func (x *Hardware) String() string {
 func (*Hardware) ProtoMessage() {}
 
 func (x *Hardware) ProtoReflect() protoreflect.Message {
-	mi := &file_internal_hostapi_hostapi_proto_msgTypes[16]
+	mi := &file_internal_hostapi_hostapi_proto_msgTypes[18]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1478,7 +1741,7 @@ func (x *Hardware) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Hardware.ProtoReflect.Descriptor instead.
 func (*Hardware) Descriptor() ([]byte, []int) {
-	return file_internal_hostapi_hostapi_proto_rawDescGZIP(), []int{16}
+	return file_internal_hostapi_hostapi_proto_rawDescGZIP(), []int{18}
 }
 
 func (x *Hardware) GetMemoryMib() int64 {
@@ -1535,7 +1798,7 @@ type NIC struct {
 
 func (x *NIC) Reset() {
 	*x = NIC{}
-	mi := &file_internal_hostapi_hostapi_proto_msgTypes[17]
+	mi := &file_internal_hostapi_hostapi_proto_msgTypes[19]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1547,7 +1810,7 @@ func (x *NIC) String() string {
 func (*NIC) ProtoMessage() {}
 
 func (x *NIC) ProtoReflect() protoreflect.Message {
-	mi := &file_internal_hostapi_hostapi_proto_msgTypes[17]
+	mi := &file_internal_hostapi_hostapi_proto_msgTypes[19]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1560,7 +1823,7 @@ func (x *NIC) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use NIC.ProtoReflect.Descriptor instead.
 func (*NIC) Descriptor() ([]byte, []int) {
-	return file_internal_hostapi_hostapi_proto_rawDescGZIP(), []int{17}
+	return file_internal_hostapi_hostapi_proto_rawDescGZIP(), []int{19}
 }
 
 func (x *NIC) GetKey() int32 {
@@ -1614,7 +1877,7 @@ type DiskInfo struct {
 
 func (x *DiskInfo) Reset() {
 	*x = DiskInfo{}
-	mi := &file_internal_hostapi_hostapi_proto_msgTypes[18]
+	mi := &file_internal_hostapi_hostapi_proto_msgTypes[20]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1626,7 +1889,7 @@ func (x *DiskInfo) String() string {
 func (*DiskInfo) ProtoMessage() {}
 
 func (x *DiskInfo) ProtoReflect() protoreflect.Message {
-	mi := &file_internal_hostapi_hostapi_proto_msgTypes[18]
+	mi := &file_internal_hostapi_hostapi_proto_msgTypes[20]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1639,7 +1902,7 @@ func (x *DiskInfo) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use DiskInfo.ProtoReflect.Descriptor instead.
 func (*DiskInfo) Descriptor() ([]byte, []int) {
-	return file_internal_hostapi_hostapi_proto_rawDescGZIP(), []int{18}
+	return file_internal_hostapi_hostapi_proto_rawDescGZIP(), []int{20}
 }
 
 func (x *DiskInfo) GetUuid() string {
@@ -1757,7 +2020,7 @@ type PushKeysRequest struct {
 
 func (x *PushKeysRequest) Reset() {
 	*x = PushKeysRequest{}
-	mi := &file_internal_hostapi_hostapi_proto_msgTypes[19]
+	mi := &file_internal_hostapi_hostapi_proto_msgTypes[21]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1769,7 +2032,7 @@ func (x *PushKeysRequest) String() string {
 func (*PushKeysRequest) ProtoMessage() {}
 
 func (x *PushKeysRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_internal_hostapi_hostapi_proto_msgTypes[19]
+	mi := &file_internal_hostapi_hostapi_proto_msgTypes[21]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1782,7 +2045,7 @@ func (x *PushKeysRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use PushKeysRequest.ProtoReflect.Descriptor instead.
 func (*PushKeysRequest) Descriptor() ([]byte, []int) {
-	return file_internal_hostapi_hostapi_proto_rawDescGZIP(), []int{19}
+	return file_internal_hostapi_hostapi_proto_rawDescGZIP(), []int{21}
 }
 
 func (x *PushKeysRequest) GetHeader() *Header {
@@ -1807,7 +2070,7 @@ type PushKeysReply struct {
 
 func (x *PushKeysReply) Reset() {
 	*x = PushKeysReply{}
-	mi := &file_internal_hostapi_hostapi_proto_msgTypes[20]
+	mi := &file_internal_hostapi_hostapi_proto_msgTypes[22]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1819,7 +2082,7 @@ func (x *PushKeysReply) String() string {
 func (*PushKeysReply) ProtoMessage() {}
 
 func (x *PushKeysReply) ProtoReflect() protoreflect.Message {
-	mi := &file_internal_hostapi_hostapi_proto_msgTypes[20]
+	mi := &file_internal_hostapi_hostapi_proto_msgTypes[22]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1832,7 +2095,7 @@ func (x *PushKeysReply) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use PushKeysReply.ProtoReflect.Descriptor instead.
 func (*PushKeysReply) Descriptor() ([]byte, []int) {
-	return file_internal_hostapi_hostapi_proto_rawDescGZIP(), []int{20}
+	return file_internal_hostapi_hostapi_proto_rawDescGZIP(), []int{22}
 }
 
 type RemoveKeysRequest struct {
@@ -1846,7 +2109,7 @@ type RemoveKeysRequest struct {
 
 func (x *RemoveKeysRequest) Reset() {
 	*x = RemoveKeysRequest{}
-	mi := &file_internal_hostapi_hostapi_proto_msgTypes[21]
+	mi := &file_internal_hostapi_hostapi_proto_msgTypes[23]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1858,7 +2121,7 @@ func (x *RemoveKeysRequest) String() string {
 func (*RemoveKeysRequest) ProtoMessage() {}
 
 func (x *RemoveKeysRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_internal_hostapi_hostapi_proto_msgTypes[21]
+	mi := &file_internal_hostapi_hostapi_proto_msgTypes[23]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1871,7 +2134,7 @@ func (x *RemoveKeysRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RemoveKeysRequest.ProtoReflect.Descriptor instead.
 func (*RemoveKeysRequest) Descriptor() ([]byte, []int) {
-	return file_internal_hostapi_hostapi_proto_rawDescGZIP(), []int{21}
+	return file_internal_hostapi_hostapi_proto_rawDescGZIP(), []int{23}
 }
 
 func (x *RemoveKeysRequest) GetHeader() *Header {
@@ -1904,7 +2167,7 @@ type RemoveKeysReply struct {
 
 func (x *RemoveKeysReply) Reset() {
 	*x = RemoveKeysReply{}
-	mi := &file_internal_hostapi_hostapi_proto_msgTypes[22]
+	mi := &file_internal_hostapi_hostapi_proto_msgTypes[24]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1916,7 +2179,7 @@ func (x *RemoveKeysReply) String() string {
 func (*RemoveKeysReply) ProtoMessage() {}
 
 func (x *RemoveKeysReply) ProtoReflect() protoreflect.Message {
-	mi := &file_internal_hostapi_hostapi_proto_msgTypes[22]
+	mi := &file_internal_hostapi_hostapi_proto_msgTypes[24]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1929,7 +2192,7 @@ func (x *RemoveKeysReply) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RemoveKeysReply.ProtoReflect.Descriptor instead.
 func (*RemoveKeysReply) Descriptor() ([]byte, []int) {
-	return file_internal_hostapi_hostapi_proto_rawDescGZIP(), []int{22}
+	return file_internal_hostapi_hostapi_proto_rawDescGZIP(), []int{24}
 }
 
 func (x *RemoveKeysReply) GetStillUsed() []*KeyID {
@@ -1947,7 +2210,7 @@ type ListKeysRequest struct {
 
 func (x *ListKeysRequest) Reset() {
 	*x = ListKeysRequest{}
-	mi := &file_internal_hostapi_hostapi_proto_msgTypes[23]
+	mi := &file_internal_hostapi_hostapi_proto_msgTypes[25]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1959,7 +2222,7 @@ func (x *ListKeysRequest) String() string {
 func (*ListKeysRequest) ProtoMessage() {}
 
 func (x *ListKeysRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_internal_hostapi_hostapi_proto_msgTypes[23]
+	mi := &file_internal_hostapi_hostapi_proto_msgTypes[25]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1972,7 +2235,7 @@ func (x *ListKeysRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListKeysRequest.ProtoReflect.Descriptor instead.
 func (*ListKeysRequest) Descriptor() ([]byte, []int) {
-	return file_internal_hostapi_hostapi_proto_rawDescGZIP(), []int{23}
+	return file_internal_hostapi_hostapi_proto_rawDescGZIP(), []int{25}
 }
 
 type ListKeysReply struct {
@@ -1984,7 +2247,7 @@ type ListKeysReply struct {
 
 func (x *ListKeysReply) Reset() {
 	*x = ListKeysReply{}
-	mi := &file_internal_hostapi_hostapi_proto_msgTypes[24]
+	mi := &file_internal_hostapi_hostapi_proto_msgTypes[26]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1996,7 +2259,7 @@ func (x *ListKeysReply) String() string {
 func (*ListKeysReply) ProtoMessage() {}
 
 func (x *ListKeysReply) ProtoReflect() protoreflect.Message {
-	mi := &file_internal_hostapi_hostapi_proto_msgTypes[24]
+	mi := &file_internal_hostapi_hostapi_proto_msgTypes[26]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2009,7 +2272,7 @@ func (x *ListKeysReply) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListKeysReply.ProtoReflect.Descriptor instead.
 func (*ListKeysReply) Descriptor() ([]byte, []int) {
-	return file_internal_hostapi_hostapi_proto_rawDescGZIP(), []int{24}
+	return file_internal_hostapi_hostapi_proto_rawDescGZIP(), []int{26}
 }
 
 func (x *ListKeysReply) GetKeys() []*HeldKey {
@@ -2030,7 +2293,7 @@ type HeldKey struct {
 
 func (x *HeldKey) Reset() {
 	*x = HeldKey{}
-	mi := &file_internal_hostapi_hostapi_proto_msgTypes[25]
+	mi := &file_internal_hostapi_hostapi_proto_msgTypes[27]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2042,7 +2305,7 @@ func (x *HeldKey) String() string {
 func (*HeldKey) ProtoMessage() {}
 
 func (x *HeldKey) ProtoReflect() protoreflect.Message {
-	mi := &file_internal_hostapi_hostapi_proto_msgTypes[25]
+	mi := &file_internal_hostapi_hostapi_proto_msgTypes[27]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2055,7 +2318,7 @@ func (x *HeldKey) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use HeldKey.ProtoReflect.Descriptor instead.
 func (*HeldKey) Descriptor() ([]byte, []int) {
-	return file_internal_hostapi_hostapi_proto_rawDescGZIP(), []int{25}
+	return file_internal_hostapi_hostapi_proto_rawDescGZIP(), []int{27}
 }
 
 func (x *HeldKey) GetId() *KeyID {
@@ -2095,7 +2358,7 @@ type CreateVMRequest struct {
 
 func (x *CreateVMRequest) Reset() {
 	*x = CreateVMRequest{}
-	mi := &file_internal_hostapi_hostapi_proto_msgTypes[26]
+	mi := &file_internal_hostapi_hostapi_proto_msgTypes[28]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2107,7 +2370,7 @@ func (x *CreateVMRequest) String() string {
 func (*CreateVMRequest) ProtoMessage() {}
 
 func (x *CreateVMRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_internal_hostapi_hostapi_proto_msgTypes[26]
+	mi := &file_internal_hostapi_hostapi_proto_msgTypes[28]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2120,7 +2383,7 @@ func (x *CreateVMRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use CreateVMRequest.ProtoReflect.Descriptor instead.
 func (*CreateVMRequest) Descriptor() ([]byte, []int) {
-	return file_internal_hostapi_hostapi_proto_rawDescGZIP(), []int{26}
+	return file_internal_hostapi_hostapi_proto_rawDescGZIP(), []int{28}
 }
 
 func (x *CreateVMRequest) GetHeader() *Header {
@@ -2191,7 +2454,7 @@ type NewDisk struct {
 
 func (x *NewDisk) Reset() {
 	*x = NewDisk{}
-	mi := &file_internal_hostapi_hostapi_proto_msgTypes[27]
+	mi := &file_internal_hostapi_hostapi_proto_msgTypes[29]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2203,7 +2466,7 @@ func (x *NewDisk) String() string {
 func (*NewDisk) ProtoMessage() {}
 
 func (x *NewDisk) ProtoReflect() protoreflect.Message {
-	mi := &file_internal_hostapi_hostapi_proto_msgTypes[27]
+	mi := &file_internal_hostapi_hostapi_proto_msgTypes[29]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2216,7 +2479,7 @@ func (x *NewDisk) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use NewDisk.ProtoReflect.Descriptor instead.
 func (*NewDisk) Descriptor() ([]byte, []int) {
-	return file_internal_hostapi_hostapi_proto_rawDescGZIP(), []int{27}
+	return file_internal_hostapi_hostapi_proto_rawDescGZIP(), []int{29}
 }
 
 func (x *NewDisk) GetUuid() string {
@@ -2256,7 +2519,7 @@ type InspectVMRequest struct {
 
 func (x *InspectVMRequest) Reset() {
 	*x = InspectVMRequest{}
-	mi := &file_internal_hostapi_hostapi_proto_msgTypes[28]
+	mi := &file_internal_hostapi_hostapi_proto_msgTypes[30]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2268,7 +2531,7 @@ func (x *InspectVMRequest) String() string {
 func (*InspectVMRequest) ProtoMessage() {}
 
 func (x *InspectVMRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_internal_hostapi_hostapi_proto_msgTypes[28]
+	mi := &file_internal_hostapi_hostapi_proto_msgTypes[30]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2281,7 +2544,7 @@ func (x *InspectVMRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use InspectVMRequest.ProtoReflect.Descriptor instead.
 func (*InspectVMRequest) Descriptor() ([]byte, []int) {
-	return file_internal_hostapi_hostapi_proto_rawDescGZIP(), []int{28}
+	return file_internal_hostapi_hostapi_proto_rawDescGZIP(), []int{30}
 }
 
 func (x *InspectVMRequest) GetRef() *VMRef {
@@ -2301,7 +2564,7 @@ type InspectDiskRequest struct {
 
 func (x *InspectDiskRequest) Reset() {
 	*x = InspectDiskRequest{}
-	mi := &file_internal_hostapi_hostapi_proto_msgTypes[29]
+	mi := &file_internal_hostapi_hostapi_proto_msgTypes[31]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2313,7 +2576,7 @@ func (x *InspectDiskRequest) String() string {
 func (*InspectDiskRequest) ProtoMessage() {}
 
 func (x *InspectDiskRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_internal_hostapi_hostapi_proto_msgTypes[29]
+	mi := &file_internal_hostapi_hostapi_proto_msgTypes[31]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2326,7 +2589,7 @@ func (x *InspectDiskRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use InspectDiskRequest.ProtoReflect.Descriptor instead.
 func (*InspectDiskRequest) Descriptor() ([]byte, []int) {
-	return file_internal_hostapi_hostapi_proto_rawDescGZIP(), []int{29}
+	return file_internal_hostapi_hostapi_proto_rawDescGZIP(), []int{31}
 }
 
 func (x *InspectDiskRequest) GetDatastore() string {
@@ -2353,7 +2616,7 @@ type CryptoChange struct {
 
 func (x *CryptoChange) Reset() {
 	*x = CryptoChange{}
-	mi := &file_internal_hostapi_hostapi_proto_msgTypes[30]
+	mi := &file_internal_hostapi_hostapi_proto_msgTypes[32]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2365,7 +2628,7 @@ func (x *CryptoChange) String() string {
 func (*CryptoChange) ProtoMessage() {}
 
 func (x *CryptoChange) ProtoReflect() protoreflect.Message {
-	mi := &file_internal_hostapi_hostapi_proto_msgTypes[30]
+	mi := &file_internal_hostapi_hostapi_proto_msgTypes[32]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2378,7 +2641,7 @@ func (x *CryptoChange) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use CryptoChange.ProtoReflect.Descriptor instead.
 func (*CryptoChange) Descriptor() ([]byte, []int) {
-	return file_internal_hostapi_hostapi_proto_rawDescGZIP(), []int{30}
+	return file_internal_hostapi_hostapi_proto_rawDescGZIP(), []int{32}
 }
 
 func (x *CryptoChange) GetKind() CryptoChange_Kind {
@@ -2416,7 +2679,7 @@ type ReconfigureVMRequest struct {
 
 func (x *ReconfigureVMRequest) Reset() {
 	*x = ReconfigureVMRequest{}
-	mi := &file_internal_hostapi_hostapi_proto_msgTypes[31]
+	mi := &file_internal_hostapi_hostapi_proto_msgTypes[33]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2428,7 +2691,7 @@ func (x *ReconfigureVMRequest) String() string {
 func (*ReconfigureVMRequest) ProtoMessage() {}
 
 func (x *ReconfigureVMRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_internal_hostapi_hostapi_proto_msgTypes[31]
+	mi := &file_internal_hostapi_hostapi_proto_msgTypes[33]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2441,7 +2704,7 @@ func (x *ReconfigureVMRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ReconfigureVMRequest.ProtoReflect.Descriptor instead.
 func (*ReconfigureVMRequest) Descriptor() ([]byte, []int) {
-	return file_internal_hostapi_hostapi_proto_rawDescGZIP(), []int{31}
+	return file_internal_hostapi_hostapi_proto_rawDescGZIP(), []int{33}
 }
 
 func (x *ReconfigureVMRequest) GetHeader() *Header {
@@ -2546,7 +2809,7 @@ type DiskCryptoChange struct {
 
 func (x *DiskCryptoChange) Reset() {
 	*x = DiskCryptoChange{}
-	mi := &file_internal_hostapi_hostapi_proto_msgTypes[32]
+	mi := &file_internal_hostapi_hostapi_proto_msgTypes[34]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2558,7 +2821,7 @@ func (x *DiskCryptoChange) String() string {
 func (*DiskCryptoChange) ProtoMessage() {}
 
 func (x *DiskCryptoChange) ProtoReflect() protoreflect.Message {
-	mi := &file_internal_hostapi_hostapi_proto_msgTypes[32]
+	mi := &file_internal_hostapi_hostapi_proto_msgTypes[34]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2571,7 +2834,7 @@ func (x *DiskCryptoChange) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use DiskCryptoChange.ProtoReflect.Descriptor instead.
 func (*DiskCryptoChange) Descriptor() ([]byte, []int) {
-	return file_internal_hostapi_hostapi_proto_rawDescGZIP(), []int{32}
+	return file_internal_hostapi_hostapi_proto_rawDescGZIP(), []int{34}
 }
 
 func (x *DiskCryptoChange) GetDiskUuid() string {
@@ -2606,7 +2869,7 @@ type Before struct {
 
 func (x *Before) Reset() {
 	*x = Before{}
-	mi := &file_internal_hostapi_hostapi_proto_msgTypes[33]
+	mi := &file_internal_hostapi_hostapi_proto_msgTypes[35]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2618,7 +2881,7 @@ func (x *Before) String() string {
 func (*Before) ProtoMessage() {}
 
 func (x *Before) ProtoReflect() protoreflect.Message {
-	mi := &file_internal_hostapi_hostapi_proto_msgTypes[33]
+	mi := &file_internal_hostapi_hostapi_proto_msgTypes[35]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2631,7 +2894,7 @@ func (x *Before) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Before.ProtoReflect.Descriptor instead.
 func (*Before) Descriptor() ([]byte, []int) {
-	return file_internal_hostapi_hostapi_proto_rawDescGZIP(), []int{33}
+	return file_internal_hostapi_hostapi_proto_rawDescGZIP(), []int{35}
 }
 
 func (x *Before) GetEncrypted() bool {
@@ -2659,7 +2922,7 @@ type Pace struct {
 
 func (x *Pace) Reset() {
 	*x = Pace{}
-	mi := &file_internal_hostapi_hostapi_proto_msgTypes[34]
+	mi := &file_internal_hostapi_hostapi_proto_msgTypes[36]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2671,7 +2934,7 @@ func (x *Pace) String() string {
 func (*Pace) ProtoMessage() {}
 
 func (x *Pace) ProtoReflect() protoreflect.Message {
-	mi := &file_internal_hostapi_hostapi_proto_msgTypes[34]
+	mi := &file_internal_hostapi_hostapi_proto_msgTypes[36]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2684,7 +2947,7 @@ func (x *Pace) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Pace.ProtoReflect.Descriptor instead.
 func (*Pace) Descriptor() ([]byte, []int) {
-	return file_internal_hostapi_hostapi_proto_rawDescGZIP(), []int{34}
+	return file_internal_hostapi_hostapi_proto_rawDescGZIP(), []int{36}
 }
 
 func (x *Pace) GetLimitBytesPerSecond() int64 {
@@ -2712,7 +2975,7 @@ type PaceRequest struct {
 
 func (x *PaceRequest) Reset() {
 	*x = PaceRequest{}
-	mi := &file_internal_hostapi_hostapi_proto_msgTypes[35]
+	mi := &file_internal_hostapi_hostapi_proto_msgTypes[37]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2724,7 +2987,7 @@ func (x *PaceRequest) String() string {
 func (*PaceRequest) ProtoMessage() {}
 
 func (x *PaceRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_internal_hostapi_hostapi_proto_msgTypes[35]
+	mi := &file_internal_hostapi_hostapi_proto_msgTypes[37]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2737,7 +3000,7 @@ func (x *PaceRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use PaceRequest.ProtoReflect.Descriptor instead.
 func (*PaceRequest) Descriptor() ([]byte, []int) {
-	return file_internal_hostapi_hostapi_proto_rawDescGZIP(), []int{35}
+	return file_internal_hostapi_hostapi_proto_rawDescGZIP(), []int{37}
 }
 
 func (x *PaceRequest) GetHeader() *Header {
@@ -2769,7 +3032,7 @@ type PaceReply struct {
 
 func (x *PaceReply) Reset() {
 	*x = PaceReply{}
-	mi := &file_internal_hostapi_hostapi_proto_msgTypes[36]
+	mi := &file_internal_hostapi_hostapi_proto_msgTypes[38]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2781,7 +3044,7 @@ func (x *PaceReply) String() string {
 func (*PaceReply) ProtoMessage() {}
 
 func (x *PaceReply) ProtoReflect() protoreflect.Message {
-	mi := &file_internal_hostapi_hostapi_proto_msgTypes[36]
+	mi := &file_internal_hostapi_hostapi_proto_msgTypes[38]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2794,7 +3057,7 @@ func (x *PaceReply) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use PaceReply.ProtoReflect.Descriptor instead.
 func (*PaceReply) Descriptor() ([]byte, []int) {
-	return file_internal_hostapi_hostapi_proto_rawDescGZIP(), []int{36}
+	return file_internal_hostapi_hostapi_proto_rawDescGZIP(), []int{38}
 }
 
 type EstimateRequest struct {
@@ -2808,7 +3071,7 @@ type EstimateRequest struct {
 
 func (x *EstimateRequest) Reset() {
 	*x = EstimateRequest{}
-	mi := &file_internal_hostapi_hostapi_proto_msgTypes[37]
+	mi := &file_internal_hostapi_hostapi_proto_msgTypes[39]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2820,7 +3083,7 @@ func (x *EstimateRequest) String() string {
 func (*EstimateRequest) ProtoMessage() {}
 
 func (x *EstimateRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_internal_hostapi_hostapi_proto_msgTypes[37]
+	mi := &file_internal_hostapi_hostapi_proto_msgTypes[39]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2833,7 +3096,7 @@ func (x *EstimateRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use EstimateRequest.ProtoReflect.Descriptor instead.
 func (*EstimateRequest) Descriptor() ([]byte, []int) {
-	return file_internal_hostapi_hostapi_proto_rawDescGZIP(), []int{37}
+	return file_internal_hostapi_hostapi_proto_rawDescGZIP(), []int{39}
 }
 
 func (x *EstimateRequest) GetHeader() *Header {
@@ -2866,7 +3129,7 @@ type EstimateReply struct {
 
 func (x *EstimateReply) Reset() {
 	*x = EstimateReply{}
-	mi := &file_internal_hostapi_hostapi_proto_msgTypes[38]
+	mi := &file_internal_hostapi_hostapi_proto_msgTypes[40]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2878,7 +3141,7 @@ func (x *EstimateReply) String() string {
 func (*EstimateReply) ProtoMessage() {}
 
 func (x *EstimateReply) ProtoReflect() protoreflect.Message {
-	mi := &file_internal_hostapi_hostapi_proto_msgTypes[38]
+	mi := &file_internal_hostapi_hostapi_proto_msgTypes[40]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2891,7 +3154,7 @@ func (x *EstimateReply) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use EstimateReply.ProtoReflect.Descriptor instead.
 func (*EstimateReply) Descriptor() ([]byte, []int) {
-	return file_internal_hostapi_hostapi_proto_rawDescGZIP(), []int{38}
+	return file_internal_hostapi_hostapi_proto_rawDescGZIP(), []int{40}
 }
 
 func (x *EstimateReply) GetDisks() []*DiskEstimate {
@@ -2915,7 +3178,7 @@ type DiskEstimate struct {
 
 func (x *DiskEstimate) Reset() {
 	*x = DiskEstimate{}
-	mi := &file_internal_hostapi_hostapi_proto_msgTypes[39]
+	mi := &file_internal_hostapi_hostapi_proto_msgTypes[41]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2927,7 +3190,7 @@ func (x *DiskEstimate) String() string {
 func (*DiskEstimate) ProtoMessage() {}
 
 func (x *DiskEstimate) ProtoReflect() protoreflect.Message {
-	mi := &file_internal_hostapi_hostapi_proto_msgTypes[39]
+	mi := &file_internal_hostapi_hostapi_proto_msgTypes[41]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2940,7 +3203,7 @@ func (x *DiskEstimate) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use DiskEstimate.ProtoReflect.Descriptor instead.
 func (*DiskEstimate) Descriptor() ([]byte, []int) {
-	return file_internal_hostapi_hostapi_proto_rawDescGZIP(), []int{39}
+	return file_internal_hostapi_hostapi_proto_rawDescGZIP(), []int{41}
 }
 
 func (x *DiskEstimate) GetUuid() string {
@@ -2989,7 +3252,7 @@ type AttachDisk struct {
 
 func (x *AttachDisk) Reset() {
 	*x = AttachDisk{}
-	mi := &file_internal_hostapi_hostapi_proto_msgTypes[40]
+	mi := &file_internal_hostapi_hostapi_proto_msgTypes[42]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3001,7 +3264,7 @@ func (x *AttachDisk) String() string {
 func (*AttachDisk) ProtoMessage() {}
 
 func (x *AttachDisk) ProtoReflect() protoreflect.Message {
-	mi := &file_internal_hostapi_hostapi_proto_msgTypes[40]
+	mi := &file_internal_hostapi_hostapi_proto_msgTypes[42]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3014,7 +3277,7 @@ func (x *AttachDisk) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use AttachDisk.ProtoReflect.Descriptor instead.
 func (*AttachDisk) Descriptor() ([]byte, []int) {
-	return file_internal_hostapi_hostapi_proto_rawDescGZIP(), []int{40}
+	return file_internal_hostapi_hostapi_proto_rawDescGZIP(), []int{42}
 }
 
 func (x *AttachDisk) GetDatastore() string {
@@ -3053,7 +3316,7 @@ type Progress struct {
 
 func (x *Progress) Reset() {
 	*x = Progress{}
-	mi := &file_internal_hostapi_hostapi_proto_msgTypes[41]
+	mi := &file_internal_hostapi_hostapi_proto_msgTypes[43]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3065,7 +3328,7 @@ func (x *Progress) String() string {
 func (*Progress) ProtoMessage() {}
 
 func (x *Progress) ProtoReflect() protoreflect.Message {
-	mi := &file_internal_hostapi_hostapi_proto_msgTypes[41]
+	mi := &file_internal_hostapi_hostapi_proto_msgTypes[43]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3078,7 +3341,7 @@ func (x *Progress) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Progress.ProtoReflect.Descriptor instead.
 func (*Progress) Descriptor() ([]byte, []int) {
-	return file_internal_hostapi_hostapi_proto_rawDescGZIP(), []int{41}
+	return file_internal_hostapi_hostapi_proto_rawDescGZIP(), []int{43}
 }
 
 func (x *Progress) GetStage() string {
@@ -3140,7 +3403,7 @@ type PowerRequest struct {
 
 func (x *PowerRequest) Reset() {
 	*x = PowerRequest{}
-	mi := &file_internal_hostapi_hostapi_proto_msgTypes[42]
+	mi := &file_internal_hostapi_hostapi_proto_msgTypes[44]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3152,7 +3415,7 @@ func (x *PowerRequest) String() string {
 func (*PowerRequest) ProtoMessage() {}
 
 func (x *PowerRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_internal_hostapi_hostapi_proto_msgTypes[42]
+	mi := &file_internal_hostapi_hostapi_proto_msgTypes[44]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3165,7 +3428,7 @@ func (x *PowerRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use PowerRequest.ProtoReflect.Descriptor instead.
 func (*PowerRequest) Descriptor() ([]byte, []int) {
-	return file_internal_hostapi_hostapi_proto_rawDescGZIP(), []int{42}
+	return file_internal_hostapi_hostapi_proto_rawDescGZIP(), []int{44}
 }
 
 func (x *PowerRequest) GetHeader() *Header {
@@ -3191,7 +3454,7 @@ type ReleaseReply struct {
 
 func (x *ReleaseReply) Reset() {
 	*x = ReleaseReply{}
-	mi := &file_internal_hostapi_hostapi_proto_msgTypes[43]
+	mi := &file_internal_hostapi_hostapi_proto_msgTypes[45]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3203,7 +3466,7 @@ func (x *ReleaseReply) String() string {
 func (*ReleaseReply) ProtoMessage() {}
 
 func (x *ReleaseReply) ProtoReflect() protoreflect.Message {
-	mi := &file_internal_hostapi_hostapi_proto_msgTypes[43]
+	mi := &file_internal_hostapi_hostapi_proto_msgTypes[45]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3216,7 +3479,7 @@ func (x *ReleaseReply) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ReleaseReply.ProtoReflect.Descriptor instead.
 func (*ReleaseReply) Descriptor() ([]byte, []int) {
-	return file_internal_hostapi_hostapi_proto_rawDescGZIP(), []int{43}
+	return file_internal_hostapi_hostapi_proto_rawDescGZIP(), []int{45}
 }
 
 func (x *ReleaseReply) GetWiped() []*KeyID {
@@ -3236,7 +3499,7 @@ type DeleteVMReply struct {
 
 func (x *DeleteVMReply) Reset() {
 	*x = DeleteVMReply{}
-	mi := &file_internal_hostapi_hostapi_proto_msgTypes[44]
+	mi := &file_internal_hostapi_hostapi_proto_msgTypes[46]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3248,7 +3511,7 @@ func (x *DeleteVMReply) String() string {
 func (*DeleteVMReply) ProtoMessage() {}
 
 func (x *DeleteVMReply) ProtoReflect() protoreflect.Message {
-	mi := &file_internal_hostapi_hostapi_proto_msgTypes[44]
+	mi := &file_internal_hostapi_hostapi_proto_msgTypes[46]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3261,7 +3524,7 @@ func (x *DeleteVMReply) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use DeleteVMReply.ProtoReflect.Descriptor instead.
 func (*DeleteVMReply) Descriptor() ([]byte, []int) {
-	return file_internal_hostapi_hostapi_proto_rawDescGZIP(), []int{44}
+	return file_internal_hostapi_hostapi_proto_rawDescGZIP(), []int{46}
 }
 
 func (x *DeleteVMReply) GetWiped() []*KeyID {
@@ -3291,7 +3554,7 @@ type ImportChunk struct {
 
 func (x *ImportChunk) Reset() {
 	*x = ImportChunk{}
-	mi := &file_internal_hostapi_hostapi_proto_msgTypes[45]
+	mi := &file_internal_hostapi_hostapi_proto_msgTypes[47]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3303,7 +3566,7 @@ func (x *ImportChunk) String() string {
 func (*ImportChunk) ProtoMessage() {}
 
 func (x *ImportChunk) ProtoReflect() protoreflect.Message {
-	mi := &file_internal_hostapi_hostapi_proto_msgTypes[45]
+	mi := &file_internal_hostapi_hostapi_proto_msgTypes[47]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3316,7 +3579,7 @@ func (x *ImportChunk) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ImportChunk.ProtoReflect.Descriptor instead.
 func (*ImportChunk) Descriptor() ([]byte, []int) {
-	return file_internal_hostapi_hostapi_proto_rawDescGZIP(), []int{45}
+	return file_internal_hostapi_hostapi_proto_rawDescGZIP(), []int{47}
 }
 
 func (x *ImportChunk) GetHeader() *Header {
@@ -3363,7 +3626,7 @@ type ImportReply struct {
 
 func (x *ImportReply) Reset() {
 	*x = ImportReply{}
-	mi := &file_internal_hostapi_hostapi_proto_msgTypes[46]
+	mi := &file_internal_hostapi_hostapi_proto_msgTypes[48]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3375,7 +3638,7 @@ func (x *ImportReply) String() string {
 func (*ImportReply) ProtoMessage() {}
 
 func (x *ImportReply) ProtoReflect() protoreflect.Message {
-	mi := &file_internal_hostapi_hostapi_proto_msgTypes[46]
+	mi := &file_internal_hostapi_hostapi_proto_msgTypes[48]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3388,7 +3651,7 @@ func (x *ImportReply) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ImportReply.ProtoReflect.Descriptor instead.
 func (*ImportReply) Descriptor() ([]byte, []int) {
-	return file_internal_hostapi_hostapi_proto_rawDescGZIP(), []int{46}
+	return file_internal_hostapi_hostapi_proto_rawDescGZIP(), []int{48}
 }
 
 func (x *ImportReply) GetWrittenBytes() int64 {
@@ -3408,7 +3671,7 @@ type ConsoleData struct {
 
 func (x *ConsoleData) Reset() {
 	*x = ConsoleData{}
-	mi := &file_internal_hostapi_hostapi_proto_msgTypes[47]
+	mi := &file_internal_hostapi_hostapi_proto_msgTypes[49]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3420,7 +3683,7 @@ func (x *ConsoleData) String() string {
 func (*ConsoleData) ProtoMessage() {}
 
 func (x *ConsoleData) ProtoReflect() protoreflect.Message {
-	mi := &file_internal_hostapi_hostapi_proto_msgTypes[47]
+	mi := &file_internal_hostapi_hostapi_proto_msgTypes[49]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3433,7 +3696,7 @@ func (x *ConsoleData) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ConsoleData.ProtoReflect.Descriptor instead.
 func (*ConsoleData) Descriptor() ([]byte, []int) {
-	return file_internal_hostapi_hostapi_proto_rawDescGZIP(), []int{47}
+	return file_internal_hostapi_hostapi_proto_rawDescGZIP(), []int{49}
 }
 
 func (x *ConsoleData) GetRef() *VMRef {
@@ -3462,7 +3725,7 @@ type OpenRequest struct {
 
 func (x *OpenRequest) Reset() {
 	*x = OpenRequest{}
-	mi := &file_internal_hostapi_hostapi_proto_msgTypes[48]
+	mi := &file_internal_hostapi_hostapi_proto_msgTypes[50]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3474,7 +3737,7 @@ func (x *OpenRequest) String() string {
 func (*OpenRequest) ProtoMessage() {}
 
 func (x *OpenRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_internal_hostapi_hostapi_proto_msgTypes[48]
+	mi := &file_internal_hostapi_hostapi_proto_msgTypes[50]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3487,7 +3750,7 @@ func (x *OpenRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use OpenRequest.ProtoReflect.Descriptor instead.
 func (*OpenRequest) Descriptor() ([]byte, []int) {
-	return file_internal_hostapi_hostapi_proto_rawDescGZIP(), []int{48}
+	return file_internal_hostapi_hostapi_proto_rawDescGZIP(), []int{50}
 }
 
 func (x *OpenRequest) GetRef() *VMRef {
@@ -3528,7 +3791,7 @@ type VMXCreateRequest struct {
 
 func (x *VMXCreateRequest) Reset() {
 	*x = VMXCreateRequest{}
-	mi := &file_internal_hostapi_hostapi_proto_msgTypes[49]
+	mi := &file_internal_hostapi_hostapi_proto_msgTypes[51]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3540,7 +3803,7 @@ func (x *VMXCreateRequest) String() string {
 func (*VMXCreateRequest) ProtoMessage() {}
 
 func (x *VMXCreateRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_internal_hostapi_hostapi_proto_msgTypes[49]
+	mi := &file_internal_hostapi_hostapi_proto_msgTypes[51]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3553,7 +3816,7 @@ func (x *VMXCreateRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use VMXCreateRequest.ProtoReflect.Descriptor instead.
 func (*VMXCreateRequest) Descriptor() ([]byte, []int) {
-	return file_internal_hostapi_hostapi_proto_rawDescGZIP(), []int{49}
+	return file_internal_hostapi_hostapi_proto_rawDescGZIP(), []int{51}
 }
 
 func (x *VMXCreateRequest) GetVm() *CreateVMRequest {
@@ -3582,7 +3845,7 @@ type VMXReconfigureRequest struct {
 
 func (x *VMXReconfigureRequest) Reset() {
 	*x = VMXReconfigureRequest{}
-	mi := &file_internal_hostapi_hostapi_proto_msgTypes[50]
+	mi := &file_internal_hostapi_hostapi_proto_msgTypes[52]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3594,7 +3857,7 @@ func (x *VMXReconfigureRequest) String() string {
 func (*VMXReconfigureRequest) ProtoMessage() {}
 
 func (x *VMXReconfigureRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_internal_hostapi_hostapi_proto_msgTypes[50]
+	mi := &file_internal_hostapi_hostapi_proto_msgTypes[52]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3607,7 +3870,7 @@ func (x *VMXReconfigureRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use VMXReconfigureRequest.ProtoReflect.Descriptor instead.
 func (*VMXReconfigureRequest) Descriptor() ([]byte, []int) {
-	return file_internal_hostapi_hostapi_proto_rawDescGZIP(), []int{50}
+	return file_internal_hostapi_hostapi_proto_rawDescGZIP(), []int{52}
 }
 
 func (x *VMXReconfigureRequest) GetChange() *ReconfigureVMRequest {
@@ -3624,6 +3887,67 @@ func (x *VMXReconfigureRequest) GetKeys() []*KEK {
 	return nil
 }
 
+// VMXSnapshotRequest is center's request with the KEKs that open the VM.
+type VMXSnapshotRequest struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Change        *SnapshotRequest       `protobuf:"bytes,1,opt,name=change,proto3" json:"change,omitempty"`
+	Keys          []*KEK                 `protobuf:"bytes,2,rep,name=keys,proto3" json:"keys,omitempty"`
+	Running       bool                   `protobuf:"varint,3,opt,name=running,proto3" json:"running,omitempty"` // a guest has the VM
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *VMXSnapshotRequest) Reset() {
+	*x = VMXSnapshotRequest{}
+	mi := &file_internal_hostapi_hostapi_proto_msgTypes[53]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *VMXSnapshotRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*VMXSnapshotRequest) ProtoMessage() {}
+
+func (x *VMXSnapshotRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_internal_hostapi_hostapi_proto_msgTypes[53]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use VMXSnapshotRequest.ProtoReflect.Descriptor instead.
+func (*VMXSnapshotRequest) Descriptor() ([]byte, []int) {
+	return file_internal_hostapi_hostapi_proto_rawDescGZIP(), []int{53}
+}
+
+func (x *VMXSnapshotRequest) GetChange() *SnapshotRequest {
+	if x != nil {
+		return x.Change
+	}
+	return nil
+}
+
+func (x *VMXSnapshotRequest) GetKeys() []*KEK {
+	if x != nil {
+		return x.Keys
+	}
+	return nil
+}
+
+func (x *VMXSnapshotRequest) GetRunning() bool {
+	if x != nil {
+		return x.Running
+	}
+	return false
+}
+
 type StatusRequest struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	unknownFields protoimpl.UnknownFields
@@ -3632,7 +3956,7 @@ type StatusRequest struct {
 
 func (x *StatusRequest) Reset() {
 	*x = StatusRequest{}
-	mi := &file_internal_hostapi_hostapi_proto_msgTypes[51]
+	mi := &file_internal_hostapi_hostapi_proto_msgTypes[54]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3644,7 +3968,7 @@ func (x *StatusRequest) String() string {
 func (*StatusRequest) ProtoMessage() {}
 
 func (x *StatusRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_internal_hostapi_hostapi_proto_msgTypes[51]
+	mi := &file_internal_hostapi_hostapi_proto_msgTypes[54]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3657,7 +3981,7 @@ func (x *StatusRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use StatusRequest.ProtoReflect.Descriptor instead.
 func (*StatusRequest) Descriptor() ([]byte, []int) {
-	return file_internal_hostapi_hostapi_proto_rawDescGZIP(), []int{51}
+	return file_internal_hostapi_hostapi_proto_rawDescGZIP(), []int{54}
 }
 
 type VMXStatus struct {
@@ -3676,7 +4000,7 @@ type VMXStatus struct {
 
 func (x *VMXStatus) Reset() {
 	*x = VMXStatus{}
-	mi := &file_internal_hostapi_hostapi_proto_msgTypes[52]
+	mi := &file_internal_hostapi_hostapi_proto_msgTypes[55]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3688,7 +4012,7 @@ func (x *VMXStatus) String() string {
 func (*VMXStatus) ProtoMessage() {}
 
 func (x *VMXStatus) ProtoReflect() protoreflect.Message {
-	mi := &file_internal_hostapi_hostapi_proto_msgTypes[52]
+	mi := &file_internal_hostapi_hostapi_proto_msgTypes[55]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3701,7 +4025,7 @@ func (x *VMXStatus) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use VMXStatus.ProtoReflect.Descriptor instead.
 func (*VMXStatus) Descriptor() ([]byte, []int) {
-	return file_internal_hostapi_hostapi_proto_rawDescGZIP(), []int{52}
+	return file_internal_hostapi_hostapi_proto_rawDescGZIP(), []int{55}
 }
 
 func (x *VMXStatus) GetUuid() string {
@@ -3771,7 +4095,7 @@ type ServedDisk struct {
 
 func (x *ServedDisk) Reset() {
 	*x = ServedDisk{}
-	mi := &file_internal_hostapi_hostapi_proto_msgTypes[53]
+	mi := &file_internal_hostapi_hostapi_proto_msgTypes[56]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3783,7 +4107,7 @@ func (x *ServedDisk) String() string {
 func (*ServedDisk) ProtoMessage() {}
 
 func (x *ServedDisk) ProtoReflect() protoreflect.Message {
-	mi := &file_internal_hostapi_hostapi_proto_msgTypes[53]
+	mi := &file_internal_hostapi_hostapi_proto_msgTypes[56]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3796,7 +4120,7 @@ func (x *ServedDisk) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ServedDisk.ProtoReflect.Descriptor instead.
 func (*ServedDisk) Descriptor() ([]byte, []int) {
-	return file_internal_hostapi_hostapi_proto_rawDescGZIP(), []int{53}
+	return file_internal_hostapi_hostapi_proto_rawDescGZIP(), []int{56}
 }
 
 func (x *ServedDisk) GetUuid() string {
@@ -3828,7 +4152,7 @@ type KeysRequest struct {
 
 func (x *KeysRequest) Reset() {
 	*x = KeysRequest{}
-	mi := &file_internal_hostapi_hostapi_proto_msgTypes[54]
+	mi := &file_internal_hostapi_hostapi_proto_msgTypes[57]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3840,7 +4164,7 @@ func (x *KeysRequest) String() string {
 func (*KeysRequest) ProtoMessage() {}
 
 func (x *KeysRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_internal_hostapi_hostapi_proto_msgTypes[54]
+	mi := &file_internal_hostapi_hostapi_proto_msgTypes[57]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3853,7 +4177,7 @@ func (x *KeysRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use KeysRequest.ProtoReflect.Descriptor instead.
 func (*KeysRequest) Descriptor() ([]byte, []int) {
-	return file_internal_hostapi_hostapi_proto_rawDescGZIP(), []int{54}
+	return file_internal_hostapi_hostapi_proto_rawDescGZIP(), []int{57}
 }
 
 type CloseRequest struct {
@@ -3864,7 +4188,7 @@ type CloseRequest struct {
 
 func (x *CloseRequest) Reset() {
 	*x = CloseRequest{}
-	mi := &file_internal_hostapi_hostapi_proto_msgTypes[55]
+	mi := &file_internal_hostapi_hostapi_proto_msgTypes[58]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3876,7 +4200,7 @@ func (x *CloseRequest) String() string {
 func (*CloseRequest) ProtoMessage() {}
 
 func (x *CloseRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_internal_hostapi_hostapi_proto_msgTypes[55]
+	mi := &file_internal_hostapi_hostapi_proto_msgTypes[58]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3889,7 +4213,7 @@ func (x *CloseRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use CloseRequest.ProtoReflect.Descriptor instead.
 func (*CloseRequest) Descriptor() ([]byte, []int) {
-	return file_internal_hostapi_hostapi_proto_rawDescGZIP(), []int{55}
+	return file_internal_hostapi_hostapi_proto_rawDescGZIP(), []int{58}
 }
 
 type CloseReply struct {
@@ -3900,7 +4224,7 @@ type CloseReply struct {
 
 func (x *CloseReply) Reset() {
 	*x = CloseReply{}
-	mi := &file_internal_hostapi_hostapi_proto_msgTypes[56]
+	mi := &file_internal_hostapi_hostapi_proto_msgTypes[59]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3912,7 +4236,7 @@ func (x *CloseReply) String() string {
 func (*CloseReply) ProtoMessage() {}
 
 func (x *CloseReply) ProtoReflect() protoreflect.Message {
-	mi := &file_internal_hostapi_hostapi_proto_msgTypes[56]
+	mi := &file_internal_hostapi_hostapi_proto_msgTypes[59]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3925,7 +4249,7 @@ func (x *CloseReply) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use CloseReply.ProtoReflect.Descriptor instead.
 func (*CloseReply) Descriptor() ([]byte, []int) {
-	return file_internal_hostapi_hostapi_proto_rawDescGZIP(), []int{56}
+	return file_internal_hostapi_hostapi_proto_rawDescGZIP(), []int{59}
 }
 
 // Fault is the detail of a gRPC status, for callers that decide on the kind of an
@@ -3941,7 +4265,7 @@ type Fault struct {
 
 func (x *Fault) Reset() {
 	*x = Fault{}
-	mi := &file_internal_hostapi_hostapi_proto_msgTypes[57]
+	mi := &file_internal_hostapi_hostapi_proto_msgTypes[60]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3953,7 +4277,7 @@ func (x *Fault) String() string {
 func (*Fault) ProtoMessage() {}
 
 func (x *Fault) ProtoReflect() protoreflect.Message {
-	mi := &file_internal_hostapi_hostapi_proto_msgTypes[57]
+	mi := &file_internal_hostapi_hostapi_proto_msgTypes[60]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3966,7 +4290,7 @@ func (x *Fault) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Fault.ProtoReflect.Descriptor instead.
 func (*Fault) Descriptor() ([]byte, []int) {
-	return file_internal_hostapi_hostapi_proto_rawDescGZIP(), []int{57}
+	return file_internal_hostapi_hostapi_proto_rawDescGZIP(), []int{60}
 }
 
 func (x *Fault) GetKind() Fault_Kind {
@@ -4088,7 +4412,7 @@ const file_internal_hostapi_hostapi_proto_rawDesc = "" +
 	"\n" +
 	"converting\x18\x04 \x01(\bR\n" +
 	"converting\x12\x1a\n" +
-	"\boptional\x18\x05 \x01(\bR\boptional\"\xba\x03\n" +
+	"\boptional\x18\x05 \x01(\bR\boptional\"\xd1\x04\n" +
 	"\x06VMInfo\x12(\n" +
 	"\x03ref\x18\x01 \x01(\v2\x16.mortise.host.v1.VMRefR\x03ref\x12\x12\n" +
 	"\x04name\x18\x02 \x01(\tR\x04name\x124\n" +
@@ -4103,7 +4427,39 @@ const file_internal_hostapi_hostapi_proto_rawDesc = "" +
 	" \x01(\tR\flockedReason\x12\x1d\n" +
 	"\n" +
 	"size_bytes\x18\v \x01(\x03R\tsizeBytes\x12\x1a\n" +
-	"\bproblems\x18\f \x03(\tR\bproblems\"\xbe\x01\n" +
+	"\bproblems\x18\f \x03(\tR\bproblems\x127\n" +
+	"\tsnapshots\x18\r \x03(\v2\x19.mortise.host.v1.SnapshotR\tsnapshots\x12)\n" +
+	"\x10current_snapshot\x18\x0e \x01(\x05R\x0fcurrentSnapshot\x121\n" +
+	"\x14consolidation_needed\x18\x0f \x01(\bR\x13consolidationNeeded\"\xaa\x01\n" +
+	"\bSnapshot\x12\x0e\n" +
+	"\x02id\x18\x01 \x01(\x05R\x02id\x12\x16\n" +
+	"\x06parent\x18\x02 \x01(\x05R\x06parent\x12\x12\n" +
+	"\x04name\x18\x03 \x01(\tR\x04name\x12 \n" +
+	"\vdescription\x18\x04 \x01(\tR\vdescription\x12!\n" +
+	"\fcreated_unix\x18\x05 \x01(\x03R\vcreatedUnix\x12\x1d\n" +
+	"\n" +
+	"powered_on\x18\x06 \x01(\bR\tpoweredOn\"\xeb\x02\n" +
+	"\x0fSnapshotRequest\x12/\n" +
+	"\x06header\x18\x01 \x01(\v2\x17.mortise.host.v1.HeaderR\x06header\x12(\n" +
+	"\x03ref\x18\x02 \x01(\v2\x16.mortise.host.v1.VMRefR\x03ref\x126\n" +
+	"\x03act\x18\x03 \x01(\x0e2$.mortise.host.v1.SnapshotRequest.ActR\x03act\x12\x0e\n" +
+	"\x02id\x18\x04 \x01(\x05R\x02id\x12\x12\n" +
+	"\x04name\x18\x05 \x01(\tR\x04name\x12 \n" +
+	"\vdescription\x18\x06 \x01(\tR\vdescription\x12\x1a\n" +
+	"\bchildren\x18\a \x01(\bR\bchildren\"c\n" +
+	"\x03Act\x12\v\n" +
+	"\aUNKNOWN\x10\x00\x12\n" +
+	"\n" +
+	"\x06CREATE\x10\x01\x12\n" +
+	"\n" +
+	"\x06REVERT\x10\x02\x12\n" +
+	"\n" +
+	"\x06REMOVE\x10\x03\x12\x0e\n" +
+	"\n" +
+	"REMOVE_ALL\x10\x04\x12\n" +
+	"\n" +
+	"\x06RENAME\x10\x05\x12\x0f\n" +
+	"\vCONSOLIDATE\x10\x06\"\xbe\x01\n" +
 	"\bHardware\x12\x1d\n" +
 	"\n" +
 	"memory_mib\x18\x01 \x01(\x03R\tmemoryMib\x12\x12\n" +
@@ -4280,7 +4636,11 @@ const file_internal_hostapi_hostapi_proto_rawDesc = "" +
 	"\x04keys\x18\x02 \x03(\v2\x14.mortise.host.v1.KEKR\x04keys\"\x80\x01\n" +
 	"\x15VMXReconfigureRequest\x12=\n" +
 	"\x06change\x18\x01 \x01(\v2%.mortise.host.v1.ReconfigureVMRequestR\x06change\x12(\n" +
-	"\x04keys\x18\x02 \x03(\v2\x14.mortise.host.v1.KEKR\x04keys\"\x0f\n" +
+	"\x04keys\x18\x02 \x03(\v2\x14.mortise.host.v1.KEKR\x04keys\"\x92\x01\n" +
+	"\x12VMXSnapshotRequest\x128\n" +
+	"\x06change\x18\x01 \x01(\v2 .mortise.host.v1.SnapshotRequestR\x06change\x12(\n" +
+	"\x04keys\x18\x02 \x03(\v2\x14.mortise.host.v1.KEKR\x04keys\x12\x18\n" +
+	"\arunning\x18\x03 \x01(\bR\arunning\"\x0f\n" +
 	"\rStatusRequest\"\x87\x02\n" +
 	"\tVMXStatus\x12\x12\n" +
 	"\x04uuid\x18\x01 \x01(\tR\x04uuid\x12\x12\n" +
@@ -4334,7 +4694,7 @@ const file_internal_hostapi_hostapi_proto_rawDesc = "" +
 	"POWERED_ON\x10\x02\x12\r\n" +
 	"\tSUSPENDED\x10\x032H\n" +
 	"\x04Join\x12@\n" +
-	"\x04Join\x12\x1c.mortise.host.v1.JoinRequest\x1a\x1a.mortise.host.v1.JoinReply2\x85\v\n" +
+	"\x04Join\x12\x1c.mortise.host.v1.JoinRequest\x1a\x1a.mortise.host.v1.JoinReply2\xd7\v\n" +
 	"\x04Host\x12G\n" +
 	"\bDescribe\x12 .mortise.host.v1.DescribeRequest\x1a\x19.mortise.host.v1.HostInfo\x12D\n" +
 	"\x05Watch\x12\x1d.mortise.host.v1.WatchRequest\x1a\x1a.mortise.host.v1.HostEvent0\x01\x12L\n" +
@@ -4348,7 +4708,8 @@ const file_internal_hostapi_hostapi_proto_rawDesc = "" +
 	"\rReconfigureVM\x12%.mortise.host.v1.ReconfigureVMRequest\x1a\x19.mortise.host.v1.Progress0\x01\x12C\n" +
 	"\aSetPace\x12\x1c.mortise.host.v1.PaceRequest\x1a\x1a.mortise.host.v1.PaceReply\x12N\n" +
 	"\n" +
-	"EstimateVM\x12 .mortise.host.v1.EstimateRequest\x1a\x1e.mortise.host.v1.EstimateReply\x12A\n" +
+	"EstimateVM\x12 .mortise.host.v1.EstimateRequest\x1a\x1e.mortise.host.v1.EstimateReply\x12P\n" +
+	"\x0fChangeSnapshots\x12 .mortise.host.v1.SnapshotRequest\x1a\x19.mortise.host.v1.Progress0\x01\x12A\n" +
 	"\aPowerOn\x12\x1d.mortise.host.v1.PowerRequest\x1a\x17.mortise.host.v1.VMInfo\x12B\n" +
 	"\bPowerOff\x12\x1d.mortise.host.v1.PowerRequest\x1a\x17.mortise.host.v1.VMInfo\x12B\n" +
 	"\bShutdown\x12\x1d.mortise.host.v1.PowerRequest\x1a\x17.mortise.host.v1.VMInfo\x12?\n" +
@@ -4357,14 +4718,15 @@ const file_internal_hostapi_hostapi_proto_rawDesc = "" +
 	"\bDeleteVM\x12\x1d.mortise.host.v1.PowerRequest\x1a\x1e.mortise.host.v1.DeleteVMReply\x12J\n" +
 	"\n" +
 	"ImportDisk\x12\x1c.mortise.host.v1.ImportChunk\x1a\x1c.mortise.host.v1.ImportReply(\x01\x12I\n" +
-	"\aConsole\x12\x1c.mortise.host.v1.ConsoleData\x1a\x1c.mortise.host.v1.ConsoleData(\x010\x012\x88\x05\n" +
+	"\aConsole\x12\x1c.mortise.host.v1.ConsoleData\x1a\x1c.mortise.host.v1.ConsoleData(\x010\x012\xdd\x05\n" +
 	"\x03VMX\x12D\n" +
 	"\x06Create\x12!.mortise.host.v1.VMXCreateRequest\x1a\x17.mortise.host.v1.VMInfo\x12@\n" +
 	"\x04Open\x12\x1c.mortise.host.v1.OpenRequest\x1a\x1a.mortise.host.v1.VMXStatus\x12D\n" +
 	"\x06Status\x12\x1e.mortise.host.v1.StatusRequest\x1a\x1a.mortise.host.v1.VMXStatus\x12R\n" +
 	"\vReconfigure\x12&.mortise.host.v1.VMXReconfigureRequest\x1a\x19.mortise.host.v1.Progress0\x01\x12<\n" +
 	"\aSetPace\x12\x15.mortise.host.v1.Pace\x1a\x1a.mortise.host.v1.PaceReply\x12L\n" +
-	"\bEstimate\x12 .mortise.host.v1.EstimateRequest\x1a\x1e.mortise.host.v1.EstimateReply\x12J\n" +
+	"\bEstimate\x12 .mortise.host.v1.EstimateRequest\x1a\x1e.mortise.host.v1.EstimateReply\x12S\n" +
+	"\x0fChangeSnapshots\x12#.mortise.host.v1.VMXSnapshotRequest\x1a\x19.mortise.host.v1.Progress0\x01\x12J\n" +
 	"\n" +
 	"ImportDisk\x12\x1c.mortise.host.v1.ImportChunk\x1a\x1c.mortise.host.v1.ImportReply(\x01\x12B\n" +
 	"\x04Keys\x12\x1c.mortise.host.v1.KeysRequest\x1a\x1c.mortise.host.v1.OpenRequest\x12C\n" +
@@ -4382,205 +4744,219 @@ func file_internal_hostapi_hostapi_proto_rawDescGZIP() []byte {
 	return file_internal_hostapi_hostapi_proto_rawDescData
 }
 
-var file_internal_hostapi_hostapi_proto_enumTypes = make([]protoimpl.EnumInfo, 4)
-var file_internal_hostapi_hostapi_proto_msgTypes = make([]protoimpl.MessageInfo, 58)
+var file_internal_hostapi_hostapi_proto_enumTypes = make([]protoimpl.EnumInfo, 5)
+var file_internal_hostapi_hostapi_proto_msgTypes = make([]protoimpl.MessageInfo, 61)
 var file_internal_hostapi_hostapi_proto_goTypes = []any{
 	(PowerState)(0),               // 0: mortise.host.v1.PowerState
 	(HostEvent_Kind)(0),           // 1: mortise.host.v1.HostEvent.Kind
-	(CryptoChange_Kind)(0),        // 2: mortise.host.v1.CryptoChange.Kind
-	(Fault_Kind)(0),               // 3: mortise.host.v1.Fault.Kind
-	(*JoinRequest)(nil),           // 4: mortise.host.v1.JoinRequest
-	(*JoinReply)(nil),             // 5: mortise.host.v1.JoinReply
-	(*Header)(nil),                // 6: mortise.host.v1.Header
-	(*KeyID)(nil),                 // 7: mortise.host.v1.KeyID
-	(*KEK)(nil),                   // 8: mortise.host.v1.KEK
-	(*DescribeRequest)(nil),       // 9: mortise.host.v1.DescribeRequest
-	(*HostInfo)(nil),              // 10: mortise.host.v1.HostInfo
-	(*DatastoreInfo)(nil),         // 11: mortise.host.v1.DatastoreInfo
-	(*NetworkInfo)(nil),           // 12: mortise.host.v1.NetworkInfo
-	(*WatchRequest)(nil),          // 13: mortise.host.v1.WatchRequest
-	(*HostEvent)(nil),             // 14: mortise.host.v1.HostEvent
-	(*VMRuntime)(nil),             // 15: mortise.host.v1.VMRuntime
-	(*VMRef)(nil),                 // 16: mortise.host.v1.VMRef
-	(*Expect)(nil),                // 17: mortise.host.v1.Expect
-	(*DiskExpect)(nil),            // 18: mortise.host.v1.DiskExpect
-	(*VMInfo)(nil),                // 19: mortise.host.v1.VMInfo
-	(*Hardware)(nil),              // 20: mortise.host.v1.Hardware
-	(*NIC)(nil),                   // 21: mortise.host.v1.NIC
-	(*DiskInfo)(nil),              // 22: mortise.host.v1.DiskInfo
-	(*PushKeysRequest)(nil),       // 23: mortise.host.v1.PushKeysRequest
-	(*PushKeysReply)(nil),         // 24: mortise.host.v1.PushKeysReply
-	(*RemoveKeysRequest)(nil),     // 25: mortise.host.v1.RemoveKeysRequest
-	(*RemoveKeysReply)(nil),       // 26: mortise.host.v1.RemoveKeysReply
-	(*ListKeysRequest)(nil),       // 27: mortise.host.v1.ListKeysRequest
-	(*ListKeysReply)(nil),         // 28: mortise.host.v1.ListKeysReply
-	(*HeldKey)(nil),               // 29: mortise.host.v1.HeldKey
-	(*CreateVMRequest)(nil),       // 30: mortise.host.v1.CreateVMRequest
-	(*NewDisk)(nil),               // 31: mortise.host.v1.NewDisk
-	(*InspectVMRequest)(nil),      // 32: mortise.host.v1.InspectVMRequest
-	(*InspectDiskRequest)(nil),    // 33: mortise.host.v1.InspectDiskRequest
-	(*CryptoChange)(nil),          // 34: mortise.host.v1.CryptoChange
-	(*ReconfigureVMRequest)(nil),  // 35: mortise.host.v1.ReconfigureVMRequest
-	(*DiskCryptoChange)(nil),      // 36: mortise.host.v1.DiskCryptoChange
-	(*Before)(nil),                // 37: mortise.host.v1.Before
-	(*Pace)(nil),                  // 38: mortise.host.v1.Pace
-	(*PaceRequest)(nil),           // 39: mortise.host.v1.PaceRequest
-	(*PaceReply)(nil),             // 40: mortise.host.v1.PaceReply
-	(*EstimateRequest)(nil),       // 41: mortise.host.v1.EstimateRequest
-	(*EstimateReply)(nil),         // 42: mortise.host.v1.EstimateReply
-	(*DiskEstimate)(nil),          // 43: mortise.host.v1.DiskEstimate
-	(*AttachDisk)(nil),            // 44: mortise.host.v1.AttachDisk
-	(*Progress)(nil),              // 45: mortise.host.v1.Progress
-	(*PowerRequest)(nil),          // 46: mortise.host.v1.PowerRequest
-	(*ReleaseReply)(nil),          // 47: mortise.host.v1.ReleaseReply
-	(*DeleteVMReply)(nil),         // 48: mortise.host.v1.DeleteVMReply
-	(*ImportChunk)(nil),           // 49: mortise.host.v1.ImportChunk
-	(*ImportReply)(nil),           // 50: mortise.host.v1.ImportReply
-	(*ConsoleData)(nil),           // 51: mortise.host.v1.ConsoleData
-	(*OpenRequest)(nil),           // 52: mortise.host.v1.OpenRequest
-	(*VMXCreateRequest)(nil),      // 53: mortise.host.v1.VMXCreateRequest
-	(*VMXReconfigureRequest)(nil), // 54: mortise.host.v1.VMXReconfigureRequest
-	(*StatusRequest)(nil),         // 55: mortise.host.v1.StatusRequest
-	(*VMXStatus)(nil),             // 56: mortise.host.v1.VMXStatus
-	(*ServedDisk)(nil),            // 57: mortise.host.v1.ServedDisk
-	(*KeysRequest)(nil),           // 58: mortise.host.v1.KeysRequest
-	(*CloseRequest)(nil),          // 59: mortise.host.v1.CloseRequest
-	(*CloseReply)(nil),            // 60: mortise.host.v1.CloseReply
-	(*Fault)(nil),                 // 61: mortise.host.v1.Fault
+	(SnapshotRequest_Act)(0),      // 2: mortise.host.v1.SnapshotRequest.Act
+	(CryptoChange_Kind)(0),        // 3: mortise.host.v1.CryptoChange.Kind
+	(Fault_Kind)(0),               // 4: mortise.host.v1.Fault.Kind
+	(*JoinRequest)(nil),           // 5: mortise.host.v1.JoinRequest
+	(*JoinReply)(nil),             // 6: mortise.host.v1.JoinReply
+	(*Header)(nil),                // 7: mortise.host.v1.Header
+	(*KeyID)(nil),                 // 8: mortise.host.v1.KeyID
+	(*KEK)(nil),                   // 9: mortise.host.v1.KEK
+	(*DescribeRequest)(nil),       // 10: mortise.host.v1.DescribeRequest
+	(*HostInfo)(nil),              // 11: mortise.host.v1.HostInfo
+	(*DatastoreInfo)(nil),         // 12: mortise.host.v1.DatastoreInfo
+	(*NetworkInfo)(nil),           // 13: mortise.host.v1.NetworkInfo
+	(*WatchRequest)(nil),          // 14: mortise.host.v1.WatchRequest
+	(*HostEvent)(nil),             // 15: mortise.host.v1.HostEvent
+	(*VMRuntime)(nil),             // 16: mortise.host.v1.VMRuntime
+	(*VMRef)(nil),                 // 17: mortise.host.v1.VMRef
+	(*Expect)(nil),                // 18: mortise.host.v1.Expect
+	(*DiskExpect)(nil),            // 19: mortise.host.v1.DiskExpect
+	(*VMInfo)(nil),                // 20: mortise.host.v1.VMInfo
+	(*Snapshot)(nil),              // 21: mortise.host.v1.Snapshot
+	(*SnapshotRequest)(nil),       // 22: mortise.host.v1.SnapshotRequest
+	(*Hardware)(nil),              // 23: mortise.host.v1.Hardware
+	(*NIC)(nil),                   // 24: mortise.host.v1.NIC
+	(*DiskInfo)(nil),              // 25: mortise.host.v1.DiskInfo
+	(*PushKeysRequest)(nil),       // 26: mortise.host.v1.PushKeysRequest
+	(*PushKeysReply)(nil),         // 27: mortise.host.v1.PushKeysReply
+	(*RemoveKeysRequest)(nil),     // 28: mortise.host.v1.RemoveKeysRequest
+	(*RemoveKeysReply)(nil),       // 29: mortise.host.v1.RemoveKeysReply
+	(*ListKeysRequest)(nil),       // 30: mortise.host.v1.ListKeysRequest
+	(*ListKeysReply)(nil),         // 31: mortise.host.v1.ListKeysReply
+	(*HeldKey)(nil),               // 32: mortise.host.v1.HeldKey
+	(*CreateVMRequest)(nil),       // 33: mortise.host.v1.CreateVMRequest
+	(*NewDisk)(nil),               // 34: mortise.host.v1.NewDisk
+	(*InspectVMRequest)(nil),      // 35: mortise.host.v1.InspectVMRequest
+	(*InspectDiskRequest)(nil),    // 36: mortise.host.v1.InspectDiskRequest
+	(*CryptoChange)(nil),          // 37: mortise.host.v1.CryptoChange
+	(*ReconfigureVMRequest)(nil),  // 38: mortise.host.v1.ReconfigureVMRequest
+	(*DiskCryptoChange)(nil),      // 39: mortise.host.v1.DiskCryptoChange
+	(*Before)(nil),                // 40: mortise.host.v1.Before
+	(*Pace)(nil),                  // 41: mortise.host.v1.Pace
+	(*PaceRequest)(nil),           // 42: mortise.host.v1.PaceRequest
+	(*PaceReply)(nil),             // 43: mortise.host.v1.PaceReply
+	(*EstimateRequest)(nil),       // 44: mortise.host.v1.EstimateRequest
+	(*EstimateReply)(nil),         // 45: mortise.host.v1.EstimateReply
+	(*DiskEstimate)(nil),          // 46: mortise.host.v1.DiskEstimate
+	(*AttachDisk)(nil),            // 47: mortise.host.v1.AttachDisk
+	(*Progress)(nil),              // 48: mortise.host.v1.Progress
+	(*PowerRequest)(nil),          // 49: mortise.host.v1.PowerRequest
+	(*ReleaseReply)(nil),          // 50: mortise.host.v1.ReleaseReply
+	(*DeleteVMReply)(nil),         // 51: mortise.host.v1.DeleteVMReply
+	(*ImportChunk)(nil),           // 52: mortise.host.v1.ImportChunk
+	(*ImportReply)(nil),           // 53: mortise.host.v1.ImportReply
+	(*ConsoleData)(nil),           // 54: mortise.host.v1.ConsoleData
+	(*OpenRequest)(nil),           // 55: mortise.host.v1.OpenRequest
+	(*VMXCreateRequest)(nil),      // 56: mortise.host.v1.VMXCreateRequest
+	(*VMXReconfigureRequest)(nil), // 57: mortise.host.v1.VMXReconfigureRequest
+	(*VMXSnapshotRequest)(nil),    // 58: mortise.host.v1.VMXSnapshotRequest
+	(*StatusRequest)(nil),         // 59: mortise.host.v1.StatusRequest
+	(*VMXStatus)(nil),             // 60: mortise.host.v1.VMXStatus
+	(*ServedDisk)(nil),            // 61: mortise.host.v1.ServedDisk
+	(*KeysRequest)(nil),           // 62: mortise.host.v1.KeysRequest
+	(*CloseRequest)(nil),          // 63: mortise.host.v1.CloseRequest
+	(*CloseReply)(nil),            // 64: mortise.host.v1.CloseReply
+	(*Fault)(nil),                 // 65: mortise.host.v1.Fault
 }
 var file_internal_hostapi_hostapi_proto_depIdxs = []int32{
-	7,  // 0: mortise.host.v1.KEK.id:type_name -> mortise.host.v1.KeyID
-	11, // 1: mortise.host.v1.HostInfo.datastores:type_name -> mortise.host.v1.DatastoreInfo
-	12, // 2: mortise.host.v1.HostInfo.networks:type_name -> mortise.host.v1.NetworkInfo
-	1,  // 3: mortise.host.v1.HostEvent.kind:type_name -> mortise.host.v1.HostEvent.Kind
-	15, // 4: mortise.host.v1.HostEvent.vm:type_name -> mortise.host.v1.VMRuntime
-	10, // 5: mortise.host.v1.HostEvent.host:type_name -> mortise.host.v1.HostInfo
-	0,  // 6: mortise.host.v1.VMRuntime.power:type_name -> mortise.host.v1.PowerState
-	7,  // 7: mortise.host.v1.VMRuntime.missing:type_name -> mortise.host.v1.KeyID
-	17, // 8: mortise.host.v1.VMRef.expect:type_name -> mortise.host.v1.Expect
-	18, // 9: mortise.host.v1.Expect.disks:type_name -> mortise.host.v1.DiskExpect
-	16, // 10: mortise.host.v1.VMInfo.ref:type_name -> mortise.host.v1.VMRef
-	15, // 11: mortise.host.v1.VMInfo.runtime:type_name -> mortise.host.v1.VMRuntime
-	20, // 12: mortise.host.v1.VMInfo.hardware:type_name -> mortise.host.v1.Hardware
-	7,  // 13: mortise.host.v1.VMInfo.key:type_name -> mortise.host.v1.KeyID
-	22, // 14: mortise.host.v1.VMInfo.disks:type_name -> mortise.host.v1.DiskInfo
-	21, // 15: mortise.host.v1.Hardware.nics:type_name -> mortise.host.v1.NIC
-	7,  // 16: mortise.host.v1.DiskInfo.key_id:type_name -> mortise.host.v1.KeyID
-	7,  // 17: mortise.host.v1.DiskInfo.target_key_id:type_name -> mortise.host.v1.KeyID
-	6,  // 18: mortise.host.v1.PushKeysRequest.header:type_name -> mortise.host.v1.Header
-	8,  // 19: mortise.host.v1.PushKeysRequest.keys:type_name -> mortise.host.v1.KEK
-	6,  // 20: mortise.host.v1.RemoveKeysRequest.header:type_name -> mortise.host.v1.Header
-	7,  // 21: mortise.host.v1.RemoveKeysRequest.keys:type_name -> mortise.host.v1.KeyID
-	7,  // 22: mortise.host.v1.RemoveKeysReply.still_used:type_name -> mortise.host.v1.KeyID
-	29, // 23: mortise.host.v1.ListKeysReply.keys:type_name -> mortise.host.v1.HeldKey
-	7,  // 24: mortise.host.v1.HeldKey.id:type_name -> mortise.host.v1.KeyID
-	6,  // 25: mortise.host.v1.CreateVMRequest.header:type_name -> mortise.host.v1.Header
-	20, // 26: mortise.host.v1.CreateVMRequest.hardware:type_name -> mortise.host.v1.Hardware
-	31, // 27: mortise.host.v1.CreateVMRequest.disks:type_name -> mortise.host.v1.NewDisk
-	7,  // 28: mortise.host.v1.CreateVMRequest.home_key:type_name -> mortise.host.v1.KeyID
-	7,  // 29: mortise.host.v1.NewDisk.key_id:type_name -> mortise.host.v1.KeyID
-	16, // 30: mortise.host.v1.InspectVMRequest.ref:type_name -> mortise.host.v1.VMRef
-	2,  // 31: mortise.host.v1.CryptoChange.kind:type_name -> mortise.host.v1.CryptoChange.Kind
-	7,  // 32: mortise.host.v1.CryptoChange.key:type_name -> mortise.host.v1.KeyID
-	6,  // 33: mortise.host.v1.ReconfigureVMRequest.header:type_name -> mortise.host.v1.Header
-	16, // 34: mortise.host.v1.ReconfigureVMRequest.ref:type_name -> mortise.host.v1.VMRef
-	34, // 35: mortise.host.v1.ReconfigureVMRequest.home:type_name -> mortise.host.v1.CryptoChange
-	36, // 36: mortise.host.v1.ReconfigureVMRequest.disks:type_name -> mortise.host.v1.DiskCryptoChange
-	20, // 37: mortise.host.v1.ReconfigureVMRequest.hardware:type_name -> mortise.host.v1.Hardware
-	31, // 38: mortise.host.v1.ReconfigureVMRequest.add_disks:type_name -> mortise.host.v1.NewDisk
-	44, // 39: mortise.host.v1.ReconfigureVMRequest.attach_disks:type_name -> mortise.host.v1.AttachDisk
-	37, // 40: mortise.host.v1.ReconfigureVMRequest.home_before:type_name -> mortise.host.v1.Before
-	38, // 41: mortise.host.v1.ReconfigureVMRequest.pace:type_name -> mortise.host.v1.Pace
-	34, // 42: mortise.host.v1.DiskCryptoChange.change:type_name -> mortise.host.v1.CryptoChange
-	37, // 43: mortise.host.v1.DiskCryptoChange.before:type_name -> mortise.host.v1.Before
-	7,  // 44: mortise.host.v1.Before.key:type_name -> mortise.host.v1.KeyID
-	6,  // 45: mortise.host.v1.PaceRequest.header:type_name -> mortise.host.v1.Header
-	16, // 46: mortise.host.v1.PaceRequest.ref:type_name -> mortise.host.v1.VMRef
-	38, // 47: mortise.host.v1.PaceRequest.pace:type_name -> mortise.host.v1.Pace
-	6,  // 48: mortise.host.v1.EstimateRequest.header:type_name -> mortise.host.v1.Header
-	16, // 49: mortise.host.v1.EstimateRequest.ref:type_name -> mortise.host.v1.VMRef
-	43, // 50: mortise.host.v1.EstimateReply.disks:type_name -> mortise.host.v1.DiskEstimate
-	19, // 51: mortise.host.v1.Progress.result:type_name -> mortise.host.v1.VMInfo
-	6,  // 52: mortise.host.v1.PowerRequest.header:type_name -> mortise.host.v1.Header
-	16, // 53: mortise.host.v1.PowerRequest.ref:type_name -> mortise.host.v1.VMRef
-	7,  // 54: mortise.host.v1.ReleaseReply.wiped:type_name -> mortise.host.v1.KeyID
-	7,  // 55: mortise.host.v1.DeleteVMReply.wiped:type_name -> mortise.host.v1.KeyID
-	6,  // 56: mortise.host.v1.ImportChunk.header:type_name -> mortise.host.v1.Header
-	16, // 57: mortise.host.v1.ImportChunk.ref:type_name -> mortise.host.v1.VMRef
-	16, // 58: mortise.host.v1.ConsoleData.ref:type_name -> mortise.host.v1.VMRef
-	16, // 59: mortise.host.v1.OpenRequest.ref:type_name -> mortise.host.v1.VMRef
-	8,  // 60: mortise.host.v1.OpenRequest.keys:type_name -> mortise.host.v1.KEK
-	30, // 61: mortise.host.v1.VMXCreateRequest.vm:type_name -> mortise.host.v1.CreateVMRequest
-	8,  // 62: mortise.host.v1.VMXCreateRequest.keys:type_name -> mortise.host.v1.KEK
-	35, // 63: mortise.host.v1.VMXReconfigureRequest.change:type_name -> mortise.host.v1.ReconfigureVMRequest
-	8,  // 64: mortise.host.v1.VMXReconfigureRequest.keys:type_name -> mortise.host.v1.KEK
-	57, // 65: mortise.host.v1.VMXStatus.disks:type_name -> mortise.host.v1.ServedDisk
-	19, // 66: mortise.host.v1.VMXStatus.info:type_name -> mortise.host.v1.VMInfo
-	3,  // 67: mortise.host.v1.Fault.kind:type_name -> mortise.host.v1.Fault.Kind
-	7,  // 68: mortise.host.v1.Fault.missing:type_name -> mortise.host.v1.KeyID
-	4,  // 69: mortise.host.v1.Join.Join:input_type -> mortise.host.v1.JoinRequest
-	9,  // 70: mortise.host.v1.Host.Describe:input_type -> mortise.host.v1.DescribeRequest
-	13, // 71: mortise.host.v1.Host.Watch:input_type -> mortise.host.v1.WatchRequest
-	23, // 72: mortise.host.v1.Host.PushKeys:input_type -> mortise.host.v1.PushKeysRequest
-	25, // 73: mortise.host.v1.Host.RemoveKeys:input_type -> mortise.host.v1.RemoveKeysRequest
-	27, // 74: mortise.host.v1.Host.ListKeys:input_type -> mortise.host.v1.ListKeysRequest
-	30, // 75: mortise.host.v1.Host.CreateVM:input_type -> mortise.host.v1.CreateVMRequest
-	32, // 76: mortise.host.v1.Host.InspectVM:input_type -> mortise.host.v1.InspectVMRequest
-	33, // 77: mortise.host.v1.Host.InspectDisk:input_type -> mortise.host.v1.InspectDiskRequest
-	35, // 78: mortise.host.v1.Host.ReconfigureVM:input_type -> mortise.host.v1.ReconfigureVMRequest
-	39, // 79: mortise.host.v1.Host.SetPace:input_type -> mortise.host.v1.PaceRequest
-	41, // 80: mortise.host.v1.Host.EstimateVM:input_type -> mortise.host.v1.EstimateRequest
-	46, // 81: mortise.host.v1.Host.PowerOn:input_type -> mortise.host.v1.PowerRequest
-	46, // 82: mortise.host.v1.Host.PowerOff:input_type -> mortise.host.v1.PowerRequest
-	46, // 83: mortise.host.v1.Host.Shutdown:input_type -> mortise.host.v1.PowerRequest
-	46, // 84: mortise.host.v1.Host.Reset:input_type -> mortise.host.v1.PowerRequest
-	46, // 85: mortise.host.v1.Host.Release:input_type -> mortise.host.v1.PowerRequest
-	46, // 86: mortise.host.v1.Host.DeleteVM:input_type -> mortise.host.v1.PowerRequest
-	49, // 87: mortise.host.v1.Host.ImportDisk:input_type -> mortise.host.v1.ImportChunk
-	51, // 88: mortise.host.v1.Host.Console:input_type -> mortise.host.v1.ConsoleData
-	53, // 89: mortise.host.v1.VMX.Create:input_type -> mortise.host.v1.VMXCreateRequest
-	52, // 90: mortise.host.v1.VMX.Open:input_type -> mortise.host.v1.OpenRequest
-	55, // 91: mortise.host.v1.VMX.Status:input_type -> mortise.host.v1.StatusRequest
-	54, // 92: mortise.host.v1.VMX.Reconfigure:input_type -> mortise.host.v1.VMXReconfigureRequest
-	38, // 93: mortise.host.v1.VMX.SetPace:input_type -> mortise.host.v1.Pace
-	41, // 94: mortise.host.v1.VMX.Estimate:input_type -> mortise.host.v1.EstimateRequest
-	49, // 95: mortise.host.v1.VMX.ImportDisk:input_type -> mortise.host.v1.ImportChunk
-	58, // 96: mortise.host.v1.VMX.Keys:input_type -> mortise.host.v1.KeysRequest
-	59, // 97: mortise.host.v1.VMX.Close:input_type -> mortise.host.v1.CloseRequest
-	5,  // 98: mortise.host.v1.Join.Join:output_type -> mortise.host.v1.JoinReply
-	10, // 99: mortise.host.v1.Host.Describe:output_type -> mortise.host.v1.HostInfo
-	14, // 100: mortise.host.v1.Host.Watch:output_type -> mortise.host.v1.HostEvent
-	24, // 101: mortise.host.v1.Host.PushKeys:output_type -> mortise.host.v1.PushKeysReply
-	26, // 102: mortise.host.v1.Host.RemoveKeys:output_type -> mortise.host.v1.RemoveKeysReply
-	28, // 103: mortise.host.v1.Host.ListKeys:output_type -> mortise.host.v1.ListKeysReply
-	19, // 104: mortise.host.v1.Host.CreateVM:output_type -> mortise.host.v1.VMInfo
-	19, // 105: mortise.host.v1.Host.InspectVM:output_type -> mortise.host.v1.VMInfo
-	22, // 106: mortise.host.v1.Host.InspectDisk:output_type -> mortise.host.v1.DiskInfo
-	45, // 107: mortise.host.v1.Host.ReconfigureVM:output_type -> mortise.host.v1.Progress
-	40, // 108: mortise.host.v1.Host.SetPace:output_type -> mortise.host.v1.PaceReply
-	42, // 109: mortise.host.v1.Host.EstimateVM:output_type -> mortise.host.v1.EstimateReply
-	19, // 110: mortise.host.v1.Host.PowerOn:output_type -> mortise.host.v1.VMInfo
-	19, // 111: mortise.host.v1.Host.PowerOff:output_type -> mortise.host.v1.VMInfo
-	19, // 112: mortise.host.v1.Host.Shutdown:output_type -> mortise.host.v1.VMInfo
-	19, // 113: mortise.host.v1.Host.Reset:output_type -> mortise.host.v1.VMInfo
-	47, // 114: mortise.host.v1.Host.Release:output_type -> mortise.host.v1.ReleaseReply
-	48, // 115: mortise.host.v1.Host.DeleteVM:output_type -> mortise.host.v1.DeleteVMReply
-	50, // 116: mortise.host.v1.Host.ImportDisk:output_type -> mortise.host.v1.ImportReply
-	51, // 117: mortise.host.v1.Host.Console:output_type -> mortise.host.v1.ConsoleData
-	19, // 118: mortise.host.v1.VMX.Create:output_type -> mortise.host.v1.VMInfo
-	56, // 119: mortise.host.v1.VMX.Open:output_type -> mortise.host.v1.VMXStatus
-	56, // 120: mortise.host.v1.VMX.Status:output_type -> mortise.host.v1.VMXStatus
-	45, // 121: mortise.host.v1.VMX.Reconfigure:output_type -> mortise.host.v1.Progress
-	40, // 122: mortise.host.v1.VMX.SetPace:output_type -> mortise.host.v1.PaceReply
-	42, // 123: mortise.host.v1.VMX.Estimate:output_type -> mortise.host.v1.EstimateReply
-	50, // 124: mortise.host.v1.VMX.ImportDisk:output_type -> mortise.host.v1.ImportReply
-	52, // 125: mortise.host.v1.VMX.Keys:output_type -> mortise.host.v1.OpenRequest
-	60, // 126: mortise.host.v1.VMX.Close:output_type -> mortise.host.v1.CloseReply
-	98, // [98:127] is the sub-list for method output_type
-	69, // [69:98] is the sub-list for method input_type
-	69, // [69:69] is the sub-list for extension type_name
-	69, // [69:69] is the sub-list for extension extendee
-	0,  // [0:69] is the sub-list for field type_name
+	8,   // 0: mortise.host.v1.KEK.id:type_name -> mortise.host.v1.KeyID
+	12,  // 1: mortise.host.v1.HostInfo.datastores:type_name -> mortise.host.v1.DatastoreInfo
+	13,  // 2: mortise.host.v1.HostInfo.networks:type_name -> mortise.host.v1.NetworkInfo
+	1,   // 3: mortise.host.v1.HostEvent.kind:type_name -> mortise.host.v1.HostEvent.Kind
+	16,  // 4: mortise.host.v1.HostEvent.vm:type_name -> mortise.host.v1.VMRuntime
+	11,  // 5: mortise.host.v1.HostEvent.host:type_name -> mortise.host.v1.HostInfo
+	0,   // 6: mortise.host.v1.VMRuntime.power:type_name -> mortise.host.v1.PowerState
+	8,   // 7: mortise.host.v1.VMRuntime.missing:type_name -> mortise.host.v1.KeyID
+	18,  // 8: mortise.host.v1.VMRef.expect:type_name -> mortise.host.v1.Expect
+	19,  // 9: mortise.host.v1.Expect.disks:type_name -> mortise.host.v1.DiskExpect
+	17,  // 10: mortise.host.v1.VMInfo.ref:type_name -> mortise.host.v1.VMRef
+	16,  // 11: mortise.host.v1.VMInfo.runtime:type_name -> mortise.host.v1.VMRuntime
+	23,  // 12: mortise.host.v1.VMInfo.hardware:type_name -> mortise.host.v1.Hardware
+	8,   // 13: mortise.host.v1.VMInfo.key:type_name -> mortise.host.v1.KeyID
+	25,  // 14: mortise.host.v1.VMInfo.disks:type_name -> mortise.host.v1.DiskInfo
+	21,  // 15: mortise.host.v1.VMInfo.snapshots:type_name -> mortise.host.v1.Snapshot
+	7,   // 16: mortise.host.v1.SnapshotRequest.header:type_name -> mortise.host.v1.Header
+	17,  // 17: mortise.host.v1.SnapshotRequest.ref:type_name -> mortise.host.v1.VMRef
+	2,   // 18: mortise.host.v1.SnapshotRequest.act:type_name -> mortise.host.v1.SnapshotRequest.Act
+	24,  // 19: mortise.host.v1.Hardware.nics:type_name -> mortise.host.v1.NIC
+	8,   // 20: mortise.host.v1.DiskInfo.key_id:type_name -> mortise.host.v1.KeyID
+	8,   // 21: mortise.host.v1.DiskInfo.target_key_id:type_name -> mortise.host.v1.KeyID
+	7,   // 22: mortise.host.v1.PushKeysRequest.header:type_name -> mortise.host.v1.Header
+	9,   // 23: mortise.host.v1.PushKeysRequest.keys:type_name -> mortise.host.v1.KEK
+	7,   // 24: mortise.host.v1.RemoveKeysRequest.header:type_name -> mortise.host.v1.Header
+	8,   // 25: mortise.host.v1.RemoveKeysRequest.keys:type_name -> mortise.host.v1.KeyID
+	8,   // 26: mortise.host.v1.RemoveKeysReply.still_used:type_name -> mortise.host.v1.KeyID
+	32,  // 27: mortise.host.v1.ListKeysReply.keys:type_name -> mortise.host.v1.HeldKey
+	8,   // 28: mortise.host.v1.HeldKey.id:type_name -> mortise.host.v1.KeyID
+	7,   // 29: mortise.host.v1.CreateVMRequest.header:type_name -> mortise.host.v1.Header
+	23,  // 30: mortise.host.v1.CreateVMRequest.hardware:type_name -> mortise.host.v1.Hardware
+	34,  // 31: mortise.host.v1.CreateVMRequest.disks:type_name -> mortise.host.v1.NewDisk
+	8,   // 32: mortise.host.v1.CreateVMRequest.home_key:type_name -> mortise.host.v1.KeyID
+	8,   // 33: mortise.host.v1.NewDisk.key_id:type_name -> mortise.host.v1.KeyID
+	17,  // 34: mortise.host.v1.InspectVMRequest.ref:type_name -> mortise.host.v1.VMRef
+	3,   // 35: mortise.host.v1.CryptoChange.kind:type_name -> mortise.host.v1.CryptoChange.Kind
+	8,   // 36: mortise.host.v1.CryptoChange.key:type_name -> mortise.host.v1.KeyID
+	7,   // 37: mortise.host.v1.ReconfigureVMRequest.header:type_name -> mortise.host.v1.Header
+	17,  // 38: mortise.host.v1.ReconfigureVMRequest.ref:type_name -> mortise.host.v1.VMRef
+	37,  // 39: mortise.host.v1.ReconfigureVMRequest.home:type_name -> mortise.host.v1.CryptoChange
+	39,  // 40: mortise.host.v1.ReconfigureVMRequest.disks:type_name -> mortise.host.v1.DiskCryptoChange
+	23,  // 41: mortise.host.v1.ReconfigureVMRequest.hardware:type_name -> mortise.host.v1.Hardware
+	34,  // 42: mortise.host.v1.ReconfigureVMRequest.add_disks:type_name -> mortise.host.v1.NewDisk
+	47,  // 43: mortise.host.v1.ReconfigureVMRequest.attach_disks:type_name -> mortise.host.v1.AttachDisk
+	40,  // 44: mortise.host.v1.ReconfigureVMRequest.home_before:type_name -> mortise.host.v1.Before
+	41,  // 45: mortise.host.v1.ReconfigureVMRequest.pace:type_name -> mortise.host.v1.Pace
+	37,  // 46: mortise.host.v1.DiskCryptoChange.change:type_name -> mortise.host.v1.CryptoChange
+	40,  // 47: mortise.host.v1.DiskCryptoChange.before:type_name -> mortise.host.v1.Before
+	8,   // 48: mortise.host.v1.Before.key:type_name -> mortise.host.v1.KeyID
+	7,   // 49: mortise.host.v1.PaceRequest.header:type_name -> mortise.host.v1.Header
+	17,  // 50: mortise.host.v1.PaceRequest.ref:type_name -> mortise.host.v1.VMRef
+	41,  // 51: mortise.host.v1.PaceRequest.pace:type_name -> mortise.host.v1.Pace
+	7,   // 52: mortise.host.v1.EstimateRequest.header:type_name -> mortise.host.v1.Header
+	17,  // 53: mortise.host.v1.EstimateRequest.ref:type_name -> mortise.host.v1.VMRef
+	46,  // 54: mortise.host.v1.EstimateReply.disks:type_name -> mortise.host.v1.DiskEstimate
+	20,  // 55: mortise.host.v1.Progress.result:type_name -> mortise.host.v1.VMInfo
+	7,   // 56: mortise.host.v1.PowerRequest.header:type_name -> mortise.host.v1.Header
+	17,  // 57: mortise.host.v1.PowerRequest.ref:type_name -> mortise.host.v1.VMRef
+	8,   // 58: mortise.host.v1.ReleaseReply.wiped:type_name -> mortise.host.v1.KeyID
+	8,   // 59: mortise.host.v1.DeleteVMReply.wiped:type_name -> mortise.host.v1.KeyID
+	7,   // 60: mortise.host.v1.ImportChunk.header:type_name -> mortise.host.v1.Header
+	17,  // 61: mortise.host.v1.ImportChunk.ref:type_name -> mortise.host.v1.VMRef
+	17,  // 62: mortise.host.v1.ConsoleData.ref:type_name -> mortise.host.v1.VMRef
+	17,  // 63: mortise.host.v1.OpenRequest.ref:type_name -> mortise.host.v1.VMRef
+	9,   // 64: mortise.host.v1.OpenRequest.keys:type_name -> mortise.host.v1.KEK
+	33,  // 65: mortise.host.v1.VMXCreateRequest.vm:type_name -> mortise.host.v1.CreateVMRequest
+	9,   // 66: mortise.host.v1.VMXCreateRequest.keys:type_name -> mortise.host.v1.KEK
+	38,  // 67: mortise.host.v1.VMXReconfigureRequest.change:type_name -> mortise.host.v1.ReconfigureVMRequest
+	9,   // 68: mortise.host.v1.VMXReconfigureRequest.keys:type_name -> mortise.host.v1.KEK
+	22,  // 69: mortise.host.v1.VMXSnapshotRequest.change:type_name -> mortise.host.v1.SnapshotRequest
+	9,   // 70: mortise.host.v1.VMXSnapshotRequest.keys:type_name -> mortise.host.v1.KEK
+	61,  // 71: mortise.host.v1.VMXStatus.disks:type_name -> mortise.host.v1.ServedDisk
+	20,  // 72: mortise.host.v1.VMXStatus.info:type_name -> mortise.host.v1.VMInfo
+	4,   // 73: mortise.host.v1.Fault.kind:type_name -> mortise.host.v1.Fault.Kind
+	8,   // 74: mortise.host.v1.Fault.missing:type_name -> mortise.host.v1.KeyID
+	5,   // 75: mortise.host.v1.Join.Join:input_type -> mortise.host.v1.JoinRequest
+	10,  // 76: mortise.host.v1.Host.Describe:input_type -> mortise.host.v1.DescribeRequest
+	14,  // 77: mortise.host.v1.Host.Watch:input_type -> mortise.host.v1.WatchRequest
+	26,  // 78: mortise.host.v1.Host.PushKeys:input_type -> mortise.host.v1.PushKeysRequest
+	28,  // 79: mortise.host.v1.Host.RemoveKeys:input_type -> mortise.host.v1.RemoveKeysRequest
+	30,  // 80: mortise.host.v1.Host.ListKeys:input_type -> mortise.host.v1.ListKeysRequest
+	33,  // 81: mortise.host.v1.Host.CreateVM:input_type -> mortise.host.v1.CreateVMRequest
+	35,  // 82: mortise.host.v1.Host.InspectVM:input_type -> mortise.host.v1.InspectVMRequest
+	36,  // 83: mortise.host.v1.Host.InspectDisk:input_type -> mortise.host.v1.InspectDiskRequest
+	38,  // 84: mortise.host.v1.Host.ReconfigureVM:input_type -> mortise.host.v1.ReconfigureVMRequest
+	42,  // 85: mortise.host.v1.Host.SetPace:input_type -> mortise.host.v1.PaceRequest
+	44,  // 86: mortise.host.v1.Host.EstimateVM:input_type -> mortise.host.v1.EstimateRequest
+	22,  // 87: mortise.host.v1.Host.ChangeSnapshots:input_type -> mortise.host.v1.SnapshotRequest
+	49,  // 88: mortise.host.v1.Host.PowerOn:input_type -> mortise.host.v1.PowerRequest
+	49,  // 89: mortise.host.v1.Host.PowerOff:input_type -> mortise.host.v1.PowerRequest
+	49,  // 90: mortise.host.v1.Host.Shutdown:input_type -> mortise.host.v1.PowerRequest
+	49,  // 91: mortise.host.v1.Host.Reset:input_type -> mortise.host.v1.PowerRequest
+	49,  // 92: mortise.host.v1.Host.Release:input_type -> mortise.host.v1.PowerRequest
+	49,  // 93: mortise.host.v1.Host.DeleteVM:input_type -> mortise.host.v1.PowerRequest
+	52,  // 94: mortise.host.v1.Host.ImportDisk:input_type -> mortise.host.v1.ImportChunk
+	54,  // 95: mortise.host.v1.Host.Console:input_type -> mortise.host.v1.ConsoleData
+	56,  // 96: mortise.host.v1.VMX.Create:input_type -> mortise.host.v1.VMXCreateRequest
+	55,  // 97: mortise.host.v1.VMX.Open:input_type -> mortise.host.v1.OpenRequest
+	59,  // 98: mortise.host.v1.VMX.Status:input_type -> mortise.host.v1.StatusRequest
+	57,  // 99: mortise.host.v1.VMX.Reconfigure:input_type -> mortise.host.v1.VMXReconfigureRequest
+	41,  // 100: mortise.host.v1.VMX.SetPace:input_type -> mortise.host.v1.Pace
+	44,  // 101: mortise.host.v1.VMX.Estimate:input_type -> mortise.host.v1.EstimateRequest
+	58,  // 102: mortise.host.v1.VMX.ChangeSnapshots:input_type -> mortise.host.v1.VMXSnapshotRequest
+	52,  // 103: mortise.host.v1.VMX.ImportDisk:input_type -> mortise.host.v1.ImportChunk
+	62,  // 104: mortise.host.v1.VMX.Keys:input_type -> mortise.host.v1.KeysRequest
+	63,  // 105: mortise.host.v1.VMX.Close:input_type -> mortise.host.v1.CloseRequest
+	6,   // 106: mortise.host.v1.Join.Join:output_type -> mortise.host.v1.JoinReply
+	11,  // 107: mortise.host.v1.Host.Describe:output_type -> mortise.host.v1.HostInfo
+	15,  // 108: mortise.host.v1.Host.Watch:output_type -> mortise.host.v1.HostEvent
+	27,  // 109: mortise.host.v1.Host.PushKeys:output_type -> mortise.host.v1.PushKeysReply
+	29,  // 110: mortise.host.v1.Host.RemoveKeys:output_type -> mortise.host.v1.RemoveKeysReply
+	31,  // 111: mortise.host.v1.Host.ListKeys:output_type -> mortise.host.v1.ListKeysReply
+	20,  // 112: mortise.host.v1.Host.CreateVM:output_type -> mortise.host.v1.VMInfo
+	20,  // 113: mortise.host.v1.Host.InspectVM:output_type -> mortise.host.v1.VMInfo
+	25,  // 114: mortise.host.v1.Host.InspectDisk:output_type -> mortise.host.v1.DiskInfo
+	48,  // 115: mortise.host.v1.Host.ReconfigureVM:output_type -> mortise.host.v1.Progress
+	43,  // 116: mortise.host.v1.Host.SetPace:output_type -> mortise.host.v1.PaceReply
+	45,  // 117: mortise.host.v1.Host.EstimateVM:output_type -> mortise.host.v1.EstimateReply
+	48,  // 118: mortise.host.v1.Host.ChangeSnapshots:output_type -> mortise.host.v1.Progress
+	20,  // 119: mortise.host.v1.Host.PowerOn:output_type -> mortise.host.v1.VMInfo
+	20,  // 120: mortise.host.v1.Host.PowerOff:output_type -> mortise.host.v1.VMInfo
+	20,  // 121: mortise.host.v1.Host.Shutdown:output_type -> mortise.host.v1.VMInfo
+	20,  // 122: mortise.host.v1.Host.Reset:output_type -> mortise.host.v1.VMInfo
+	50,  // 123: mortise.host.v1.Host.Release:output_type -> mortise.host.v1.ReleaseReply
+	51,  // 124: mortise.host.v1.Host.DeleteVM:output_type -> mortise.host.v1.DeleteVMReply
+	53,  // 125: mortise.host.v1.Host.ImportDisk:output_type -> mortise.host.v1.ImportReply
+	54,  // 126: mortise.host.v1.Host.Console:output_type -> mortise.host.v1.ConsoleData
+	20,  // 127: mortise.host.v1.VMX.Create:output_type -> mortise.host.v1.VMInfo
+	60,  // 128: mortise.host.v1.VMX.Open:output_type -> mortise.host.v1.VMXStatus
+	60,  // 129: mortise.host.v1.VMX.Status:output_type -> mortise.host.v1.VMXStatus
+	48,  // 130: mortise.host.v1.VMX.Reconfigure:output_type -> mortise.host.v1.Progress
+	43,  // 131: mortise.host.v1.VMX.SetPace:output_type -> mortise.host.v1.PaceReply
+	45,  // 132: mortise.host.v1.VMX.Estimate:output_type -> mortise.host.v1.EstimateReply
+	48,  // 133: mortise.host.v1.VMX.ChangeSnapshots:output_type -> mortise.host.v1.Progress
+	53,  // 134: mortise.host.v1.VMX.ImportDisk:output_type -> mortise.host.v1.ImportReply
+	55,  // 135: mortise.host.v1.VMX.Keys:output_type -> mortise.host.v1.OpenRequest
+	64,  // 136: mortise.host.v1.VMX.Close:output_type -> mortise.host.v1.CloseReply
+	106, // [106:137] is the sub-list for method output_type
+	75,  // [75:106] is the sub-list for method input_type
+	75,  // [75:75] is the sub-list for extension type_name
+	75,  // [75:75] is the sub-list for extension extendee
+	0,   // [0:75] is the sub-list for field type_name
 }
 
 func init() { file_internal_hostapi_hostapi_proto_init() }
@@ -4593,8 +4969,8 @@ func file_internal_hostapi_hostapi_proto_init() {
 		File: protoimpl.DescBuilder{
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_internal_hostapi_hostapi_proto_rawDesc), len(file_internal_hostapi_hostapi_proto_rawDesc)),
-			NumEnums:      4,
-			NumMessages:   58,
+			NumEnums:      5,
+			NumMessages:   61,
 			NumExtensions: 0,
 			NumServices:   3,
 		},

@@ -136,25 +136,26 @@ var Join_ServiceDesc = grpc.ServiceDesc{
 }
 
 const (
-	Host_Describe_FullMethodName      = "/mortise.host.v1.Host/Describe"
-	Host_Watch_FullMethodName         = "/mortise.host.v1.Host/Watch"
-	Host_PushKeys_FullMethodName      = "/mortise.host.v1.Host/PushKeys"
-	Host_RemoveKeys_FullMethodName    = "/mortise.host.v1.Host/RemoveKeys"
-	Host_ListKeys_FullMethodName      = "/mortise.host.v1.Host/ListKeys"
-	Host_CreateVM_FullMethodName      = "/mortise.host.v1.Host/CreateVM"
-	Host_InspectVM_FullMethodName     = "/mortise.host.v1.Host/InspectVM"
-	Host_InspectDisk_FullMethodName   = "/mortise.host.v1.Host/InspectDisk"
-	Host_ReconfigureVM_FullMethodName = "/mortise.host.v1.Host/ReconfigureVM"
-	Host_SetPace_FullMethodName       = "/mortise.host.v1.Host/SetPace"
-	Host_EstimateVM_FullMethodName    = "/mortise.host.v1.Host/EstimateVM"
-	Host_PowerOn_FullMethodName       = "/mortise.host.v1.Host/PowerOn"
-	Host_PowerOff_FullMethodName      = "/mortise.host.v1.Host/PowerOff"
-	Host_Shutdown_FullMethodName      = "/mortise.host.v1.Host/Shutdown"
-	Host_Reset_FullMethodName         = "/mortise.host.v1.Host/Reset"
-	Host_Release_FullMethodName       = "/mortise.host.v1.Host/Release"
-	Host_DeleteVM_FullMethodName      = "/mortise.host.v1.Host/DeleteVM"
-	Host_ImportDisk_FullMethodName    = "/mortise.host.v1.Host/ImportDisk"
-	Host_Console_FullMethodName       = "/mortise.host.v1.Host/Console"
+	Host_Describe_FullMethodName        = "/mortise.host.v1.Host/Describe"
+	Host_Watch_FullMethodName           = "/mortise.host.v1.Host/Watch"
+	Host_PushKeys_FullMethodName        = "/mortise.host.v1.Host/PushKeys"
+	Host_RemoveKeys_FullMethodName      = "/mortise.host.v1.Host/RemoveKeys"
+	Host_ListKeys_FullMethodName        = "/mortise.host.v1.Host/ListKeys"
+	Host_CreateVM_FullMethodName        = "/mortise.host.v1.Host/CreateVM"
+	Host_InspectVM_FullMethodName       = "/mortise.host.v1.Host/InspectVM"
+	Host_InspectDisk_FullMethodName     = "/mortise.host.v1.Host/InspectDisk"
+	Host_ReconfigureVM_FullMethodName   = "/mortise.host.v1.Host/ReconfigureVM"
+	Host_SetPace_FullMethodName         = "/mortise.host.v1.Host/SetPace"
+	Host_EstimateVM_FullMethodName      = "/mortise.host.v1.Host/EstimateVM"
+	Host_ChangeSnapshots_FullMethodName = "/mortise.host.v1.Host/ChangeSnapshots"
+	Host_PowerOn_FullMethodName         = "/mortise.host.v1.Host/PowerOn"
+	Host_PowerOff_FullMethodName        = "/mortise.host.v1.Host/PowerOff"
+	Host_Shutdown_FullMethodName        = "/mortise.host.v1.Host/Shutdown"
+	Host_Reset_FullMethodName           = "/mortise.host.v1.Host/Reset"
+	Host_Release_FullMethodName         = "/mortise.host.v1.Host/Release"
+	Host_DeleteVM_FullMethodName        = "/mortise.host.v1.Host/DeleteVM"
+	Host_ImportDisk_FullMethodName      = "/mortise.host.v1.Host/ImportDisk"
+	Host_Console_FullMethodName         = "/mortise.host.v1.Host/Console"
 )
 
 // HostClient is the client API for Host service.
@@ -190,6 +191,12 @@ type HostClient interface {
 	// EstimateVM tells what converting a VM's disks would take, by trials on copies
 	// of some of their data. It changes nothing.
 	EstimateVM(ctx context.Context, in *EstimateRequest, opts ...grpc.CallOption) (*EstimateReply, error)
+	// ChangeSnapshots makes a snapshot of a VM's disks, goes back to one, forgets
+	// some and merges their links away. It reports progress until the last message,
+	// which carries the VM as it is then. Cancelling the call stops at a durable
+	// boundary. Repeating it with the same operation id finishes or confirms what
+	// the first call began.
+	ChangeSnapshots(ctx context.Context, in *SnapshotRequest, opts ...grpc.CallOption) (grpc.ServerStreamingClient[Progress], error)
 	PowerOn(ctx context.Context, in *PowerRequest, opts ...grpc.CallOption) (*VMInfo, error)
 	PowerOff(ctx context.Context, in *PowerRequest, opts ...grpc.CallOption) (*VMInfo, error)
 	Shutdown(ctx context.Context, in *PowerRequest, opts ...grpc.CallOption) (*VMInfo, error)
@@ -345,6 +352,25 @@ func (c *hostClient) EstimateVM(ctx context.Context, in *EstimateRequest, opts .
 	return out, nil
 }
 
+func (c *hostClient) ChangeSnapshots(ctx context.Context, in *SnapshotRequest, opts ...grpc.CallOption) (grpc.ServerStreamingClient[Progress], error) {
+	cOpts := append([]grpc.CallOption{grpc.StaticMethod()}, opts...)
+	stream, err := c.cc.NewStream(ctx, &Host_ServiceDesc.Streams[2], Host_ChangeSnapshots_FullMethodName, cOpts...)
+	if err != nil {
+		return nil, err
+	}
+	x := &grpc.GenericClientStream[SnapshotRequest, Progress]{ClientStream: stream}
+	if err := x.ClientStream.SendMsg(in); err != nil {
+		return nil, err
+	}
+	if err := x.ClientStream.CloseSend(); err != nil {
+		return nil, err
+	}
+	return x, nil
+}
+
+// This type alias is provided for backwards compatibility with existing code that references the prior non-generic stream type by name.
+type Host_ChangeSnapshotsClient = grpc.ServerStreamingClient[Progress]
+
 func (c *hostClient) PowerOn(ctx context.Context, in *PowerRequest, opts ...grpc.CallOption) (*VMInfo, error) {
 	cOpts := append([]grpc.CallOption{grpc.StaticMethod()}, opts...)
 	out := new(VMInfo)
@@ -407,7 +433,7 @@ func (c *hostClient) DeleteVM(ctx context.Context, in *PowerRequest, opts ...grp
 
 func (c *hostClient) ImportDisk(ctx context.Context, opts ...grpc.CallOption) (grpc.ClientStreamingClient[ImportChunk, ImportReply], error) {
 	cOpts := append([]grpc.CallOption{grpc.StaticMethod()}, opts...)
-	stream, err := c.cc.NewStream(ctx, &Host_ServiceDesc.Streams[2], Host_ImportDisk_FullMethodName, cOpts...)
+	stream, err := c.cc.NewStream(ctx, &Host_ServiceDesc.Streams[3], Host_ImportDisk_FullMethodName, cOpts...)
 	if err != nil {
 		return nil, err
 	}
@@ -420,7 +446,7 @@ type Host_ImportDiskClient = grpc.ClientStreamingClient[ImportChunk, ImportReply
 
 func (c *hostClient) Console(ctx context.Context, opts ...grpc.CallOption) (grpc.BidiStreamingClient[ConsoleData, ConsoleData], error) {
 	cOpts := append([]grpc.CallOption{grpc.StaticMethod()}, opts...)
-	stream, err := c.cc.NewStream(ctx, &Host_ServiceDesc.Streams[3], Host_Console_FullMethodName, cOpts...)
+	stream, err := c.cc.NewStream(ctx, &Host_ServiceDesc.Streams[4], Host_Console_FullMethodName, cOpts...)
 	if err != nil {
 		return nil, err
 	}
@@ -464,6 +490,12 @@ type HostServer interface {
 	// EstimateVM tells what converting a VM's disks would take, by trials on copies
 	// of some of their data. It changes nothing.
 	EstimateVM(context.Context, *EstimateRequest) (*EstimateReply, error)
+	// ChangeSnapshots makes a snapshot of a VM's disks, goes back to one, forgets
+	// some and merges their links away. It reports progress until the last message,
+	// which carries the VM as it is then. Cancelling the call stops at a durable
+	// boundary. Repeating it with the same operation id finishes or confirms what
+	// the first call began.
+	ChangeSnapshots(*SnapshotRequest, grpc.ServerStreamingServer[Progress]) error
 	PowerOn(context.Context, *PowerRequest) (*VMInfo, error)
 	PowerOff(context.Context, *PowerRequest) (*VMInfo, error)
 	Shutdown(context.Context, *PowerRequest) (*VMInfo, error)
@@ -523,6 +555,9 @@ func (UnimplementedHostServer) SetPace(context.Context, *PaceRequest) (*PaceRepl
 }
 func (UnimplementedHostServer) EstimateVM(context.Context, *EstimateRequest) (*EstimateReply, error) {
 	return nil, status.Errorf(codes.Unimplemented, "method EstimateVM not implemented")
+}
+func (UnimplementedHostServer) ChangeSnapshots(*SnapshotRequest, grpc.ServerStreamingServer[Progress]) error {
+	return status.Errorf(codes.Unimplemented, "method ChangeSnapshots not implemented")
 }
 func (UnimplementedHostServer) PowerOn(context.Context, *PowerRequest) (*VMInfo, error) {
 	return nil, status.Errorf(codes.Unimplemented, "method PowerOn not implemented")
@@ -753,6 +788,17 @@ func _Host_EstimateVM_Handler(srv interface{}, ctx context.Context, dec func(int
 	return interceptor(ctx, in, info, handler)
 }
 
+func _Host_ChangeSnapshots_Handler(srv interface{}, stream grpc.ServerStream) error {
+	m := new(SnapshotRequest)
+	if err := stream.RecvMsg(m); err != nil {
+		return err
+	}
+	return srv.(HostServer).ChangeSnapshots(m, &grpc.GenericServerStream[SnapshotRequest, Progress]{ServerStream: stream})
+}
+
+// This type alias is provided for backwards compatibility with existing code that references the prior non-generic stream type by name.
+type Host_ChangeSnapshotsServer = grpc.ServerStreamingServer[Progress]
+
 func _Host_PowerOn_Handler(srv interface{}, ctx context.Context, dec func(interface{}) error, interceptor grpc.UnaryServerInterceptor) (interface{}, error) {
 	in := new(PowerRequest)
 	if err := dec(in); err != nil {
@@ -955,6 +1001,11 @@ var Host_ServiceDesc = grpc.ServiceDesc{
 			ServerStreams: true,
 		},
 		{
+			StreamName:    "ChangeSnapshots",
+			Handler:       _Host_ChangeSnapshots_Handler,
+			ServerStreams: true,
+		},
+		{
 			StreamName:    "ImportDisk",
 			Handler:       _Host_ImportDisk_Handler,
 			ClientStreams: true,
@@ -970,15 +1021,16 @@ var Host_ServiceDesc = grpc.ServiceDesc{
 }
 
 const (
-	VMX_Create_FullMethodName      = "/mortise.host.v1.VMX/Create"
-	VMX_Open_FullMethodName        = "/mortise.host.v1.VMX/Open"
-	VMX_Status_FullMethodName      = "/mortise.host.v1.VMX/Status"
-	VMX_Reconfigure_FullMethodName = "/mortise.host.v1.VMX/Reconfigure"
-	VMX_SetPace_FullMethodName     = "/mortise.host.v1.VMX/SetPace"
-	VMX_Estimate_FullMethodName    = "/mortise.host.v1.VMX/Estimate"
-	VMX_ImportDisk_FullMethodName  = "/mortise.host.v1.VMX/ImportDisk"
-	VMX_Keys_FullMethodName        = "/mortise.host.v1.VMX/Keys"
-	VMX_Close_FullMethodName       = "/mortise.host.v1.VMX/Close"
+	VMX_Create_FullMethodName          = "/mortise.host.v1.VMX/Create"
+	VMX_Open_FullMethodName            = "/mortise.host.v1.VMX/Open"
+	VMX_Status_FullMethodName          = "/mortise.host.v1.VMX/Status"
+	VMX_Reconfigure_FullMethodName     = "/mortise.host.v1.VMX/Reconfigure"
+	VMX_SetPace_FullMethodName         = "/mortise.host.v1.VMX/SetPace"
+	VMX_Estimate_FullMethodName        = "/mortise.host.v1.VMX/Estimate"
+	VMX_ChangeSnapshots_FullMethodName = "/mortise.host.v1.VMX/ChangeSnapshots"
+	VMX_ImportDisk_FullMethodName      = "/mortise.host.v1.VMX/ImportDisk"
+	VMX_Keys_FullMethodName            = "/mortise.host.v1.VMX/Keys"
+	VMX_Close_FullMethodName           = "/mortise.host.v1.VMX/Close"
 )
 
 // VMXClient is the client API for VMX service.
@@ -1002,6 +1054,7 @@ type VMXClient interface {
 	SetPace(ctx context.Context, in *Pace, opts ...grpc.CallOption) (*PaceReply, error)
 	// Estimate needs the VM open.
 	Estimate(ctx context.Context, in *EstimateRequest, opts ...grpc.CallOption) (*EstimateReply, error)
+	ChangeSnapshots(ctx context.Context, in *VMXSnapshotRequest, opts ...grpc.CallOption) (grpc.ServerStreamingClient[Progress], error)
 	ImportDisk(ctx context.Context, opts ...grpc.CallOption) (grpc.ClientStreamingClient[ImportChunk, ImportReply], error)
 	// Keys hands the KEKs back to an agent that restarted without center (design:
 	// "if agent and vmx die together, the agent refills from surviving vmxes").
@@ -1087,9 +1140,28 @@ func (c *vMXClient) Estimate(ctx context.Context, in *EstimateRequest, opts ...g
 	return out, nil
 }
 
+func (c *vMXClient) ChangeSnapshots(ctx context.Context, in *VMXSnapshotRequest, opts ...grpc.CallOption) (grpc.ServerStreamingClient[Progress], error) {
+	cOpts := append([]grpc.CallOption{grpc.StaticMethod()}, opts...)
+	stream, err := c.cc.NewStream(ctx, &VMX_ServiceDesc.Streams[1], VMX_ChangeSnapshots_FullMethodName, cOpts...)
+	if err != nil {
+		return nil, err
+	}
+	x := &grpc.GenericClientStream[VMXSnapshotRequest, Progress]{ClientStream: stream}
+	if err := x.ClientStream.SendMsg(in); err != nil {
+		return nil, err
+	}
+	if err := x.ClientStream.CloseSend(); err != nil {
+		return nil, err
+	}
+	return x, nil
+}
+
+// This type alias is provided for backwards compatibility with existing code that references the prior non-generic stream type by name.
+type VMX_ChangeSnapshotsClient = grpc.ServerStreamingClient[Progress]
+
 func (c *vMXClient) ImportDisk(ctx context.Context, opts ...grpc.CallOption) (grpc.ClientStreamingClient[ImportChunk, ImportReply], error) {
 	cOpts := append([]grpc.CallOption{grpc.StaticMethod()}, opts...)
-	stream, err := c.cc.NewStream(ctx, &VMX_ServiceDesc.Streams[1], VMX_ImportDisk_FullMethodName, cOpts...)
+	stream, err := c.cc.NewStream(ctx, &VMX_ServiceDesc.Streams[2], VMX_ImportDisk_FullMethodName, cOpts...)
 	if err != nil {
 		return nil, err
 	}
@@ -1141,6 +1213,7 @@ type VMXServer interface {
 	SetPace(context.Context, *Pace) (*PaceReply, error)
 	// Estimate needs the VM open.
 	Estimate(context.Context, *EstimateRequest) (*EstimateReply, error)
+	ChangeSnapshots(*VMXSnapshotRequest, grpc.ServerStreamingServer[Progress]) error
 	ImportDisk(grpc.ClientStreamingServer[ImportChunk, ImportReply]) error
 	// Keys hands the KEKs back to an agent that restarted without center (design:
 	// "if agent and vmx die together, the agent refills from surviving vmxes").
@@ -1174,6 +1247,9 @@ func (UnimplementedVMXServer) SetPace(context.Context, *Pace) (*PaceReply, error
 }
 func (UnimplementedVMXServer) Estimate(context.Context, *EstimateRequest) (*EstimateReply, error) {
 	return nil, status.Errorf(codes.Unimplemented, "method Estimate not implemented")
+}
+func (UnimplementedVMXServer) ChangeSnapshots(*VMXSnapshotRequest, grpc.ServerStreamingServer[Progress]) error {
+	return status.Errorf(codes.Unimplemented, "method ChangeSnapshots not implemented")
 }
 func (UnimplementedVMXServer) ImportDisk(grpc.ClientStreamingServer[ImportChunk, ImportReply]) error {
 	return status.Errorf(codes.Unimplemented, "method ImportDisk not implemented")
@@ -1306,6 +1382,17 @@ func _VMX_Estimate_Handler(srv interface{}, ctx context.Context, dec func(interf
 	return interceptor(ctx, in, info, handler)
 }
 
+func _VMX_ChangeSnapshots_Handler(srv interface{}, stream grpc.ServerStream) error {
+	m := new(VMXSnapshotRequest)
+	if err := stream.RecvMsg(m); err != nil {
+		return err
+	}
+	return srv.(VMXServer).ChangeSnapshots(m, &grpc.GenericServerStream[VMXSnapshotRequest, Progress]{ServerStream: stream})
+}
+
+// This type alias is provided for backwards compatibility with existing code that references the prior non-generic stream type by name.
+type VMX_ChangeSnapshotsServer = grpc.ServerStreamingServer[Progress]
+
 func _VMX_ImportDisk_Handler(srv interface{}, stream grpc.ServerStream) error {
 	return srv.(VMXServer).ImportDisk(&grpc.GenericServerStream[ImportChunk, ImportReply]{ServerStream: stream})
 }
@@ -1389,6 +1476,11 @@ var VMX_ServiceDesc = grpc.ServiceDesc{
 		{
 			StreamName:    "Reconfigure",
 			Handler:       _VMX_Reconfigure_Handler,
+			ServerStreams: true,
+		},
+		{
+			StreamName:    "ChangeSnapshots",
+			Handler:       _VMX_ChangeSnapshots_Handler,
 			ServerStreams: true,
 		},
 		{
