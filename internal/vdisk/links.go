@@ -375,6 +375,28 @@ func DescribeChain(path string, bases []Base) (Info, []Info, error) {
 	return Info{}, nil, &Error{Kind: ErrParent, File: path, Why: fmt.Sprintf("the chain is a circle, or longer than %d links", maxLinks), Fix: "restore the descriptors from a backup; " + untouched}
 }
 
+// DescribeFolder describes every link in a folder whose descriptor can be read, of
+// whatever disk and branch, in the order of their names.
+func DescribeFolder(dir string) ([]Info, error) { return describeFolder(osFS{}, dir) }
+
+func describeFolder(fsys fsys, dir string) ([]Info, error) {
+	names, err := fsys.List(dir)
+	if err != nil {
+		return nil, fmt.Errorf("looking for disks: %w", err)
+	}
+	slices.Sort(names)
+	var all []Info
+	for _, n := range names {
+		if filepath.Ext(n) != ".vmdk" || vmdk.IsExtentName(n) {
+			continue
+		}
+		if i, err := describeIn(fsys, filepath.Join(dir, n)); err == nil {
+			all = append(all, i)
+		}
+	}
+	return all, nil
+}
+
 // overall describes a chain.
 func overall(links []Info) Info {
 	i := links[len(links)-1]

@@ -11,6 +11,8 @@ import (
 	"slices"
 	"strings"
 	"sync"
+
+	"mortise/internal/vmdk"
 )
 
 // A powerFS is a model of files on storage that loses power. Of what was written
@@ -143,8 +145,8 @@ func (p *powerFS) List(dir string) (names []string, err error) {
 		slices.Sort(names)
 		newest := "" // of the links: enough for the next one's name
 		for _, n := range names {
-			if m := numbered.FindString(n); m != "" {
-				newest = strings.TrimSuffix(m, ".vmdk")
+			if _, _, ok := vmdk.ParseLinkName(n); ok {
+				newest = strings.TrimSuffix(n, ".vmdk")
 			}
 		}
 		names = slices.DeleteFunc(names, func(n string) bool { return strings.HasPrefix(n, "vm-0") && !strings.HasPrefix(n, newest) })

@@ -5,9 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"path/filepath"
-	"regexp"
 	"slices"
-	"strconv"
 	"strings"
 
 	"github.com/google/uuid"
@@ -172,8 +170,6 @@ func (d *Disk) makeLink(ctx context.Context, path string, key keysafe.KeyID, epo
 	})
 }
 
-var numbered = regexp.MustCompile(`^(.*)-(\d{6})\.vmdk$`)
-
 // nextLink is the next free name of a link of the disk to which path belongs.
 func nextLink(fsys fsys, path string) (string, error) {
 	names, err := fsys.List(filepath.Dir(path))
@@ -181,14 +177,13 @@ func nextLink(fsys fsys, path string) (string, error) {
 		return "", fmt.Errorf("looking for a name of a snapshot link: %w", err)
 	}
 	base := path
-	if m := numbered.FindStringSubmatch(path); m != nil {
-		base = m[1] + ".vmdk"
+	if of, _, ok := vmdk.ParseLinkName(path); ok {
+		base = of
 	}
 	last := 0
 	for _, n := range names {
 		n = strings.TrimSuffix(n, stateSuffix)
-		if m := numbered.FindStringSubmatch(strings.Replace(n, "-delta.vmdk", ".vmdk", 1)); m != nil && m[1]+".vmdk" == filepath.Base(base) {
-			i, _ := strconv.Atoi(m[2])
+		if of, i, ok := vmdk.ParseLinkName(strings.Replace(n, "-delta.vmdk", ".vmdk", 1)); ok && of == filepath.Base(base) {
 			last = max(last, i)
 		}
 	}

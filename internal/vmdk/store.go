@@ -3,6 +3,8 @@ package vmdk
 import (
 	"errors"
 	"fmt"
+	"regexp"
+	"strconv"
 	"strings"
 
 	"mortise/internal/atomicfile"
@@ -55,6 +57,19 @@ func DeltaName(descriptor string) string {
 // 1: vm.vmdk has vm-000001.vmdk.
 func LinkName(base string, n int) string {
 	return fmt.Sprintf("%s-%06d%s", strings.TrimSuffix(base, suffix), n, suffix)
+}
+
+var linkName = regexp.MustCompile(`^(.+)-([0-9]{6})\.vmdk$`)
+
+// ParseLinkName undoes LinkName. ok is false for what is not, by its name, a
+// snapshot link.
+func ParseLinkName(descriptor string) (base string, n int, ok bool) {
+	m := linkName.FindStringSubmatch(descriptor)
+	if m == nil {
+		return "", 0, false
+	}
+	n, _ = strconv.Atoi(m[2])
+	return m[1] + suffix, n, true
 }
 
 // IsExtentName says whether a file of a VM's folder is, by its name, an extent

@@ -80,7 +80,7 @@ func (v *vm) create(ctx context.Context, r *hostapi.CreateVMRequest) (err error)
 			return
 		}
 		for _, d := range r.Disks { // empty, and nothing names them
-			if rerr := v.removeDiskFiles(context.WithoutCancel(ctx), d.Uuid); rerr != nil {
+			if rerr := v.removeDiskFiles(d.Uuid); rerr != nil {
 				v.log.Warn("removing a disk of a VM that could not be created", "disk", d.Uuid, "error", rerr)
 			}
 		}

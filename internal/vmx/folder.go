@@ -13,6 +13,7 @@ import (
 	"mortise/internal/hostapi"
 	"mortise/internal/keysafe"
 	"mortise/internal/vdisk"
+	"mortise/internal/vmdk"
 	"mortise/internal/vmfiles"
 	"mortise/internal/vmxfile"
 )
@@ -74,7 +75,7 @@ func inspectDisk(vmxPath string, s slot) *hostapi.DiskInfo {
 // them is in Problem.
 func InspectDisk(path string) *hostapi.DiskInfo {
 	d := &hostapi.DiskInfo{}
-	info, err := vdisk.Describe(path)
+	info, _, err := vdisk.DescribeChain(path, nil)
 	if err != nil {
 		d.Problem = err.Error()
 		return d
@@ -89,8 +90,8 @@ func InspectDisk(path string) *hostapi.DiskInfo {
 	return d
 }
 
-// RequiredKeys lists the KEKs that open the VM: for each key safe, first that of
-// the VMX, the KEKs of which any one will do.
+// RequiredKeys lists the KEKs that open the VM, with all that its snapshots keep:
+// for each key safe, first that of the VMX, the KEKs of which any one will do.
 func RequiredKeys(path string) (safes [][]keysafe.KeyID, err error) {
 	f, err := loadVMX(path)
 	if err != nil {
@@ -116,14 +117,32 @@ func RequiredKeys(path string) (safes [][]keysafe.KeyID, err error) {
 		if err != nil {
 			return nil, err
 		}
-		info, err := vdisk.Describe(p)
+		links, err := diskLinks(p)
 		if err != nil {
 			continue // opening it says what is wrong
 		}
-		add(info.Keys)
-		add(info.TargetKeys)
+		for _, l := range links {
+			add(l.Keys)
+			add(l.TargetKeys)
+		}
 	}
 	return safes, nil
+}
+
+// diskLinks describes every link of the disk whose top is at path, those of other
+// branches too.
+func diskLinks(path string) ([]vdisk.Info, error) {
+	top, chain, err := vdisk.DescribeChain(path, nil)
+	if err != nil {
+		return nil, err
+	}
+	all, err := vdisk.DescribeFolder(filepath.Dir(path))
+	if err != nil {
+		return nil, err
+	}
+	return append(chain, slices.DeleteFunc(all, func(i vdisk.Info) bool {
+		return i.UUID != top.UUID || i.UUID == uuid.Nil || slices.ContainsFunc(chain, func(l vdisk.Info) bool { return l.Path == i.Path })
+	})...), nil
 }
 
 // Unreadable says whether something in the folder could not be read, so that
@@ -156,8 +175,8 @@ func Delete(path, vm string) (left []string, err error) {
 		if err != nil {
 			return nil, err
 		}
-		if err := vdisk.Delete(context.Background(), p); err != nil && !errors.Is(err, vdisk.ErrMissing) {
-			return nil, faultOf(err)
+		if err := deleteDisk(p); err != nil {
+			return nil, err
 		}
 	}
 	names, err := fileNames(f, path)
@@ -187,6 +206,51 @@ func Delete(path, vm string) (left []string, err error) {
 		return nil, os.Remove(dir)
 	}
 	return left, nil
+}
+
+// deleteDisk deletes a disk with every link of it: one that nothing stands on, then
+// the next.
+func deleteDisk(path string) error {
+	links, err := diskLinks(path)
+	if err != nil { // it is damaged, or deleted in part: its links have its name
+		if links, err = namesakes(path); err != nil {
+			return err
+		}
+	}
+	for len(links) > 0 {
+		leaf := slices.IndexFunc(links, func(l vdisk.Info) bool {
+			return !slices.ContainsFunc(links, func(o vdisk.Info) bool { return o.Parent == filepath.Base(l.Path) })
+		})
+		if leaf < 0 {
+			return hostapi.Faultf(hostapi.Fault_TAMPERED, "the snapshot links of %s stand on each other in a circle: delete its files by hand", path)
+		}
+		if err := vdisk.Delete(context.Background(), links[leaf].Path); err != nil && !errors.Is(err, vdisk.ErrMissing) {
+			return faultOf(err)
+		}
+		links = slices.Delete(links, leaf, leaf+1)
+	}
+	return nil
+}
+
+// namesakes are the disk at path and the links that by their names are of the same
+// disk.
+func namesakes(path string) ([]vdisk.Info, error) {
+	all, err := vdisk.DescribeFolder(filepath.Dir(path))
+	if err != nil {
+		return nil, err
+	}
+	base := path
+	if of, _, ok := vmdk.ParseLinkName(path); ok {
+		base = of
+	}
+	links := slices.DeleteFunc(all, func(i vdisk.Info) bool {
+		of, _, ok := vmdk.ParseLinkName(i.Path)
+		return i.Path != base && (!ok || of != base || i.Parent == "")
+	})
+	if !slices.ContainsFunc(links, func(i vdisk.Info) bool { return i.Path == path }) {
+		links = append(links, vdisk.Info{Path: path})
+	}
+	return links, nil
 }
 
 func loadVMX(path string) (*vmxfile.File, error) {

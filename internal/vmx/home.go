@@ -89,7 +89,7 @@ func (v *vm) settleFile(path string, b *keysafe.Bundle) error {
 // host that has them open has the disks open too.
 // Under a guest of this process they are locked already, and no file is open
 // (checkLive).
-func (v *vm) replacing(ctx context.Context, live map[uuid.UUID]*vdisk.Disk, change func() error) error {
+func (v *vm) replacing(ctx context.Context, live map[uuid.UUID]*vdisk.Chain, change func() error) error {
 	if live != nil {
 		return change()
 	}
@@ -102,7 +102,7 @@ func (v *vm) replacing(ctx context.Context, live map[uuid.UUID]*vdisk.Disk, chan
 
 // changeHome encrypts the VM's files or gives them another KEK (shallow) or
 // other keys altogether (deep).
-func (v *vm) changeHome(ctx context.Context, kind hostapi.CryptoChange_Kind, to keysafe.KeyID, live map[uuid.UUID]*vdisk.Disk) error {
+func (v *vm) changeHome(ctx context.Context, kind hostapi.CryptoChange_Kind, to keysafe.KeyID, live map[uuid.UUID]*vdisk.Chain) error {
 	f, err := loadVMX(v.path)
 	if err != nil {
 		return err
@@ -174,7 +174,7 @@ func (v *vm) rekeyHome(to keysafe.KeyID) error {
 }
 
 // decryptHome takes the bundle away; checkChange has seen that no disk needs it.
-func (v *vm) decryptHome(ctx context.Context, live map[uuid.UUID]*vdisk.Disk) error {
+func (v *vm) decryptHome(ctx context.Context, live map[uuid.UUID]*vdisk.Chain) error {
 	f, err := loadVMX(v.path)
 	if err != nil {
 		return err

@@ -14,7 +14,7 @@ import (
 type pacing struct {
 	mu   sync.Mutex
 	pace vdisk.Pace
-	disk *vdisk.Disk // that is being converted; nil: none
+	disk *vdisk.Chain // that is being converted; nil: none
 }
 
 func (p *pacing) set(to vdisk.Pace) {
@@ -27,7 +27,7 @@ func (p *pacing) set(to vdisk.Pace) {
 }
 
 // of runs a conversion of d at the pace.
-func (p *pacing) of(d *vdisk.Disk, convert func() error) error {
+func (p *pacing) of(d *vdisk.Chain, convert func() error) error {
 	p.mu.Lock()
 	p.disk = d
 	d.SetPace(p.pace)

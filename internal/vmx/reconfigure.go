@@ -3,7 +3,6 @@ package vmx
 import (
 	"context"
 	"fmt"
-	"os"
 	"path/filepath"
 
 	"github.com/google/uuid"
@@ -11,7 +10,6 @@ import (
 	"mortise/internal/hostapi"
 	"mortise/internal/keysafe"
 	"mortise/internal/vdisk"
-	"mortise/internal/vmdk"
 	"mortise/internal/vmxfile"
 )
 
@@ -22,7 +20,7 @@ type report func(stage string, p vdisk.Progress)
 // that opens: hardware, VM files encrypted, disks, VM files decrypted. A call
 // that was interrupted is repeated as it was; steps that are done are passed
 // over. A guest, if there is one, uses the disks through live.
-func (v *vm) reconfigure(ctx context.Context, r *hostapi.ReconfigureVMRequest, live map[uuid.UUID]*vdisk.Disk, tell report) error {
+func (v *vm) reconfigure(ctx context.Context, r *hostapi.ReconfigureVMRequest, live map[uuid.UUID]*vdisk.Chain, tell report) error {
 	if err := v.checkChange(r, live); err != nil {
 		return err
 	}
@@ -96,7 +94,7 @@ var verbs = map[hostapi.CryptoChange_Kind]string{
 
 // checkChange refuses, before anything is changed, what would end in a VM that
 // is not allowed (E6) or cannot be done now.
-func (v *vm) checkChange(r *hostapi.ReconfigureVMRequest, live map[uuid.UUID]*vdisk.Disk) error {
+func (v *vm) checkChange(r *hostapi.ReconfigureVMRequest, live map[uuid.UUID]*vdisk.Chain) error {
 	f, err := loadVMX(v.path)
 	if err != nil {
 		return err
@@ -168,7 +166,7 @@ func (v *vm) checkChange(r *hostapi.ReconfigureVMRequest, live map[uuid.UUID]*vd
 // checkLive refuses what cannot be done under a guest. Disks change their form
 // under it (R2). The files that QEMU has open do not: home changes only while
 // there are none, which is so of a guest with a BIOS.
-func (v *vm) checkLive(r *hostapi.ReconfigureVMRequest, live map[uuid.UUID]*vdisk.Disk) error {
+func (v *vm) checkLive(r *hostapi.ReconfigureVMRequest, live map[uuid.UUID]*vdisk.Chain) error {
 	if live == nil {
 		return nil
 	}
@@ -197,7 +195,7 @@ func (v *vm) checkLive(r *hostapi.ReconfigureVMRequest, live map[uuid.UUID]*vdis
 // more than what is true: when an encryption begins it says "either", and "must
 // be encrypted" only when that is done; a decryption takes the promise back
 // first (E8).
-func (v *vm) changeDisk(ctx context.Context, id uuid.UUID, c *hostapi.CryptoChange, open *vdisk.Disk, progress func(vdisk.Progress)) error {
+func (v *vm) changeDisk(ctx context.Context, id uuid.UUID, c *hostapi.CryptoChange, open *vdisk.Chain, progress func(vdisk.Progress)) error {
 	if c.GetKind() == hostapi.CryptoChange_NONE {
 		return nil
 	}
@@ -213,12 +211,8 @@ func (v *vm) changeDisk(ctx context.Context, id uuid.UUID, c *hostapi.CryptoChan
 		return err
 	}
 	defer done()
-	if c.Kind == hostapi.CryptoChange_ENCRYPT || c.Kind == hostapi.CryptoChange_DEEP_RECRYPT {
-		if done, err := v.arrived(m, c.Kind, key); err != nil {
-			return err
-		} else if done {
-			return v.record(id, true, m.info.Epoch)
-		}
+	if err := v.checkKey(m, c.Kind, key); err != nil {
+		return err
 	}
 	target := v.target(m, key)
 	switch c.Kind {
@@ -245,7 +239,7 @@ func (v *vm) changeDisk(ctx context.Context, id uuid.UUID, c *hostapi.CryptoChan
 
 // take opens a disk of the VM, or uses the one that a guest has open, and says
 // what it is, proven by its MACs.
-func (v *vm) take(ctx context.Context, id uuid.UUID, open *vdisk.Disk) (m member, d *vdisk.Disk, done func(), err error) {
+func (v *vm) take(ctx context.Context, id uuid.UUID, open *vdisk.Chain) (m member, d *vdisk.Chain, done func(), err error) {
 	if m, err = v.member(id); err != nil {
 		return m, nil, nil, err
 	}
@@ -262,30 +256,36 @@ func (v *vm) take(ctx context.Context, id uuid.UUID, open *vdisk.Disk) (m member
 
 // target is what a conversion of a disk to key has besides its kind. Epochs only
 // grow, over decryptions and cancelled encryptions too: the bundle remembers the
-// last one. An encryption that was interrupted goes on with its own.
+// last one. A conversion that was interrupted goes on with its own, and one whose
+// answer only was lost, or that has only other branches left, does not begin anew.
 func (v *vm) target(m member, key keysafe.KeyID) vdisk.Target {
 	t := vdisk.Target{Key: key, Epoch: max(m.recorded, m.info.Epoch) + 1}
-	if m.info.Conversion == vdisk.Encrypting {
+	if m.info.Conversion == vdisk.Encrypting || m.arrived(key) {
 		t.Epoch = m.info.Epoch
 	}
 	return t
 }
 
-// arrived tells whether an earlier call with the same change came to its end and
-// only its answer was lost. A deep recrypt to the key that the disk had before is
-// refused: it would look like that and do nothing.
-func (v *vm) arrived(m member, kind hostapi.CryptoChange_Kind, key keysafe.KeyID) (bool, error) {
-	if !m.info.Encrypted || m.info.Conversion != vdisk.NotConverting || len(m.info.Keys) != 1 || m.info.Keys[0] != key {
-		return false, nil
+// arrived tells whether the links that the VM's disk stands on are all under key.
+func (m member) arrived(key keysafe.KeyID) bool {
+	return m.info.Encrypted && m.info.Conversion == vdisk.NotConverting && len(m.info.Keys) == 1 && m.info.Keys[0] == key
+}
+
+// checkKey refuses what would look as if it was done, and do nothing: a deep recrypt
+// to the key that the disk had before, and the encryption of an encrypted disk.
+func (v *vm) checkKey(m member, kind hostapi.CryptoChange_Kind, key keysafe.KeyID) error {
+	switch {
+	case kind == hostapi.CryptoChange_ENCRYPT && m.info.Encrypted && m.info.Conversion == vdisk.NotConverting && !m.arrived(key):
+		return hostapi.Faultf(hostapi.Fault_INVALID, "%s is encrypted already, with key %s: use a shallow or deep recrypt to change the key", m.path, m.info.Keys[0])
+	case kind != hostapi.CryptoChange_DEEP_RECRYPT || !m.arrived(key):
+		return nil
 	}
-	if kind == hostapi.CryptoChange_DEEP_RECRYPT {
-		for _, e := range v.expect.GetDisks() {
-			if e.Uuid == m.id.String() && e.Epoch >= m.info.Epoch {
-				return false, hostapi.Faultf(hostapi.Fault_INVALID, "%s has key %s already: a deep recrypt needs a new one", m.path, key)
-			}
+	for _, e := range v.expect.GetDisks() {
+		if e.Uuid == m.id.String() && e.Epoch >= m.info.Epoch {
+			return hostapi.Faultf(hostapi.Fault_INVALID, "%s has key %s already: a deep recrypt needs a new one", m.path, key)
 		}
 	}
-	return true, nil
+	return nil
 }
 
 // member finds a disk of the VM with what must be true of it.
@@ -402,7 +402,7 @@ func (v *vm) dropDisk(ctx context.Context, id string, remove bool) error {
 			if err != nil {
 				return err
 			}
-			info, err := vdisk.Describe(p)
+			info, _, err := vdisk.DescribeChain(p, nil)
 			if err != nil {
 				return err // it may be the one that is meant
 			}
@@ -419,23 +419,19 @@ func (v *vm) dropDisk(ctx context.Context, id string, remove bool) error {
 		return err
 	}
 	v.at("disk.dropped")
-	return v.removeDiskFiles(ctx, u.String())
+	return v.removeDiskFiles(u.String())
 }
 
 // removeDiskFiles deletes the disk of the VM's folder that has this UUID, if there
 // is one.
-func (v *vm) removeDiskFiles(ctx context.Context, id string) error {
-	entries, err := os.ReadDir(filepath.Dir(v.path))
+func (v *vm) removeDiskFiles(id string) error {
+	all, err := vdisk.DescribeFolder(filepath.Dir(v.path))
 	if err != nil {
 		return err
 	}
-	for _, e := range entries {
-		p := filepath.Join(filepath.Dir(v.path), e.Name())
-		if filepath.Ext(p) != ".vmdk" || vmdk.IsExtentName(e.Name()) {
-			continue
-		}
-		if info, err := vdisk.Describe(p); err == nil && info.UUID.String() == id {
-			return faultOf(vdisk.Delete(ctx, p))
+	for _, i := range all {
+		if i.UUID.String() == id {
+			return deleteDisk(i.Path)
 		}
 	}
 	return nil

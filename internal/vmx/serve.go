@@ -24,7 +24,7 @@ import (
 
 // An opened VM has its extents locked; with a guest, its disks are served.
 type opened struct {
-	disks map[uuid.UUID]*vdisk.Disk
+	disks map[uuid.UUID]*vdisk.Chain
 	order []member
 	serve *service // nil without a guest
 }
@@ -43,7 +43,7 @@ func (v *vm) openAll(ctx context.Context) (o *opened, err error) {
 		return nil, err
 	}
 	defer b.Wipe()
-	all := &opened{disks: map[uuid.UUID]*vdisk.Disk{}}
+	all := &opened{disks: map[uuid.UUID]*vdisk.Chain{}}
 	defer func() {
 		if err != nil {
 			_ = all.closeDisks()
@@ -85,7 +85,7 @@ type service struct {
 // of a failed fsync: that is final for the guest, also when this process dies and
 // the next one finds storage that answers again (design §4 Failure).
 type device struct {
-	*vdisk.Disk
+	*vdisk.Chain
 	failed func(error)
 }
 
@@ -98,13 +98,13 @@ func (d device) check(err error) error {
 	return err
 }
 
-func (d device) ReadAt(p []byte, off int64) error  { return d.check(d.Disk.ReadAt(p, off)) }
-func (d device) WriteAt(p []byte, off int64) error { return d.check(d.Disk.WriteAt(p, off)) }
-func (d device) Flush(ctx context.Context) error   { return d.check(d.Disk.Flush(ctx)) }
-func (d device) Trim(off, n int64) error           { return d.check(d.Disk.Trim(off, n)) }
+func (d device) ReadAt(p []byte, off int64) error  { return d.check(d.Chain.ReadAt(p, off)) }
+func (d device) WriteAt(p []byte, off int64) error { return d.check(d.Chain.WriteAt(p, off)) }
+func (d device) Flush(ctx context.Context) error   { return d.check(d.Chain.Flush(ctx)) }
+func (d device) Trim(off, n int64) error           { return d.check(d.Chain.Trim(off, n)) }
 
 func (d device) WriteZeroes(off, n int64, punch bool) error {
-	return d.check(d.Disk.WriteZeroes(off, n, punch))
+	return d.check(d.Chain.WriteZeroes(off, n, punch))
 }
 
 // FailedFile is the mark that a disk of a VM failed for good, in the vmx's run
@@ -124,7 +124,7 @@ func (c Config) markFailed(failure error) {
 }
 
 func (d device) BlockStatus(off, n int64, emit func(n int64, s nbd.Status) bool) error {
-	return d.Disk.BlockStatus(off, n, func(n int64, s vdisk.Status) bool { return emit(n, nbd.Status(s)) })
+	return d.Chain.BlockStatus(off, n, func(n int64, s vdisk.Status) bool { return emit(n, nbd.Status(s)) })
 }
 
 // guestDir is the part of the run folder that QEMU's user may enter: disk

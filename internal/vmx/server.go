@@ -28,7 +28,10 @@ type Config struct {
 	at func(step string) // tests: called at every step of a change that is on disk; nil: not
 }
 
-const controlSocket = "control.sock"
+const (
+	controlSocket = "control.sock"
+	liveDir       = "live"
+)
 
 // Run is the whole life of a vmx process: it listens for its host agent until
 // Close is called or ctx ends, and then leaves disks flushed, locks released and
@@ -45,7 +48,7 @@ func Run(ctx context.Context, cfg Config) error {
 	}
 	closing, interrupt := context.WithCancel(ctx)
 	defer interrupt()
-	s := &server{cfg: cfg, log: cfg.Logger, stop: stop, closing: closing, interrupt: interrupt, vm: &vm{log: cfg.Logger, path: cfg.VMX, at: cfg.at}}
+	s := &server{cfg: cfg, log: cfg.Logger, stop: stop, closing: closing, interrupt: interrupt, vm: &vm{log: cfg.Logger, path: cfg.VMX, live: filepath.Join(cfg.RunDir, liveDir), at: cfg.at}}
 	g := grpc.NewServer(grpc.MaxRecvMsgSize(4 << 20))
 	hostapi.RegisterVMXServer(g, s)
 	done := make(chan error, 1)
@@ -202,7 +205,7 @@ func (s *server) Reconfigure(r *hostapi.VMXReconfigureRequest, stream hostapi.VM
 	if err := s.confine(); err != nil {
 		return err
 	}
-	var live map[uuid.UUID]*vdisk.Disk
+	var live map[uuid.UUID]*vdisk.Chain
 	if s.open != nil {
 		live = s.open.disks
 	}

@@ -18,7 +18,7 @@ import (
 // which nobody else knows. Undo can be interrupted and repeated like what it
 // undoes, and the same orders keep the same promises: the VM's files are encrypted
 // before any disk is and decrypted after the last.
-func (v *vm) undo(ctx context.Context, r *hostapi.ReconfigureVMRequest, live map[uuid.UUID]*vdisk.Disk, tell report) error {
+func (v *vm) undo(ctx context.Context, r *hostapi.ReconfigureVMRequest, live map[uuid.UUID]*vdisk.Chain, tell report) error {
 	if err := v.checkLive(r, live); err != nil {
 		return err
 	}
@@ -69,7 +69,7 @@ func (v *vm) undo(ctx context.Context, r *hostapi.ReconfigureVMRequest, live map
 // undoDisk makes a disk what it was. The bundle promises nothing before it is true,
 // as in changeDisk: a disk that is to be in clear loses the promise first, one that
 // is encrypted again gets it last (E8).
-func (v *vm) undoDisk(ctx context.Context, id uuid.UUID, before *hostapi.Before, open *vdisk.Disk, progress func(vdisk.Progress)) error {
+func (v *vm) undoDisk(ctx context.Context, id uuid.UUID, before *hostapi.Before, open *vdisk.Chain, progress func(vdisk.Progress)) error {
 	m, d, done, err := v.take(ctx, id, open)
 	if err != nil {
 		return err
@@ -83,8 +83,12 @@ func (v *vm) undoDisk(ctx context.Context, id uuid.UUID, before *hostapi.Before,
 	v.at("undo.begin")
 	// A former undo may have been in the middle of a conversion of its own, which
 	// goes on.
-	own := m.info.Conversion == vdisk.Encrypting && before.GetEncrypted() || m.info.Conversion == vdisk.Decrypting && !before.GetEncrypted()
-	if m.info.Conversion != vdisk.NotConverting && !own {
+	back := vdisk.Decrypting
+	if before.GetEncrypted() {
+		back = vdisk.Encrypting
+	}
+	own := slices.ContainsFunc(d.Links(), func(l vdisk.Info) bool { return l.Conversion == back })
+	if !own {
 		if err := v.pacing.of(d, func() error { return d.Cancel(ctx, progress) }); err != nil {
 			return faultOf(err)
 		}
@@ -92,17 +96,15 @@ func (v *vm) undoDisk(ctx context.Context, id uuid.UUID, before *hostapi.Before,
 		m.info = d.Info()
 	}
 	key := fromWire(before.GetKey())
-	target := v.target(m, key)
-	switch {
-	case before.GetEncrypted() && m.info.Encrypted && !own:
-		err = d.ShallowRecrypt(ctx, key)
-	case before.GetEncrypted():
-		target.Kind = vdisk.Encrypting
-	case m.info.Encrypted:
-		target = vdisk.Target{Kind: vdisk.Decrypting}
+	target := vdisk.Target{Kind: back}
+	if back == vdisk.Encrypting {
+		target = v.target(m, key)
+		target.Kind = back
 	}
-	if err == nil && target.Kind != vdisk.NotConverting {
-		err = v.pacing.of(d, func() error { return d.Convert(ctx, target, progress) })
+	// To links that are what they are to be, and so to most, this does nothing.
+	err = v.pacing.of(d, func() error { return d.Convert(ctx, target, progress) })
+	if err == nil && before.GetEncrypted() {
+		err = d.ShallowRecrypt(ctx, key)
 	}
 	if err != nil {
 		return faultOf(err)

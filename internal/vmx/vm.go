@@ -25,6 +25,7 @@ type vm struct {
 	log    *slog.Logger
 	random io.Reader // nil: crypto/rand
 	path   string    // of the VMX
+	live   string    // folder of its disks' live bitmaps, which outlives the process
 	at     func(step string)
 	id     uuid.UUID // written once, by whoever opens or creates the VM
 	pacing pacing
@@ -187,7 +188,7 @@ func (v *vm) members(f *vmxfile.File, b *keysafe.Bundle) ([]member, error) {
 		if m.path, err = diskPath(v.path, s.file); err != nil {
 			return nil, err
 		}
-		if m.info, err = vdisk.Describe(m.path); err != nil {
+		if m.info, _, err = vdisk.DescribeChain(m.path, nil); err != nil {
 			return nil, faultOf(err)
 		}
 		m.id = m.info.UUID
@@ -239,12 +240,15 @@ func foreignDisk(path string, id uuid.UUID, who string) error {
 	return hostapi.Faultf(hostapi.Fault_TAMPERED, "%s is disk %s, which %s does not know: it was put in the place of another; restore that one, or attach this one as a new disk", path, id, who)
 }
 
-func (v *vm) openDisk(ctx context.Context, m member, readOnly bool) (*vdisk.Disk, error) {
-	d, err := vdisk.Open(ctx, m.path, vdisk.Options{VM: v.id, UUID: m.id, KEKs: v, Expect: m.want, ReadOnly: readOnly, Log: v.log, Random: v.random})
-	if err != nil {
-		return nil, faultOf(err)
-	}
-	return d, nil
+func (v *vm) openDisk(ctx context.Context, m member, readOnly bool) (*vdisk.Chain, error) {
+	o := v.diskOptions(m)
+	o.ReadOnly = readOnly
+	d, err := vdisk.OpenChain(ctx, m.path, o)
+	return d, faultOf(err)
+}
+
+func (v *vm) diskOptions(m member) vdisk.Options {
+	return vdisk.Options{VM: v.id, UUID: m.id, KEKs: v, Expect: m.want, Live: v.live, Log: v.log, Random: v.random}
 }
 
 func allocated(path string) int64 {
