@@ -43,6 +43,10 @@ const (
 	VMSettings        = "VirtualMachine.Config.Settings"
 	VMAnnotation      = "VirtualMachine.Config.Annotation"
 	VMDiskRandom      = "VirtualMachine.Provisioning.DiskRandomAccess"
+	VMSnapshotCreate  = "VirtualMachine.State.CreateSnapshot"
+	VMSnapshotRevert  = "VirtualMachine.State.RevertToSnapshot"
+	VMSnapshotRemove  = "VirtualMachine.State.RemoveSnapshot"
+	VMSnapshotRename  = "VirtualMachine.State.RenameSnapshot"
 
 	DatastoreAllocate = "Datastore.AllocateSpace"
 	DatastoreBrowse   = "Datastore.Browse"
@@ -83,6 +87,7 @@ func Privileges() []string {
 		VMCreate, VMCreateExisting, VMRegister, VMDelete, VMUnregister,
 		VMPowerOn, VMPowerOff, VMReset, VMConsole, VMGuestControl,
 		VMRename, VMAddNewDisk, VMAddExistingDisk, VMRemoveDisk, VMCPUCount, VMMemory, VMEditDevice, VMSettings, VMAnnotation, VMDiskRandom,
+		VMSnapshotCreate, VMSnapshotRevert, VMSnapshotRemove, VMSnapshotRename,
 		DatastoreAllocate, DatastoreBrowse, NetworkAssign, ResourceAssignVM,
 		HostAddToCluster, HostAddStandalone, HostRemove, HostManageUserGroups, HostTpmRead, HostTpmUnseal,
 		GlobalDiagnostics, GlobalCancelTask, GlobalLogEvent,

@@ -147,6 +147,7 @@ func (c *Center) handlers() map[string]task.Handler {
 		taskPower:       c.powerVM,
 		taskDestroy:     c.destroyVM,
 		taskUnlock:      c.unlockVM,
+		taskSnapshot:    c.snapshotVM,
 	}
 }
 

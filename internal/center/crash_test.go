@@ -166,6 +166,36 @@ func TestCrashes(t *testing.T) {
 			w.ok(w.c.ReconfigureVM(w.ctx, w.p, vm.Ref, center.ReconfigureSpec{Name: "new2", Crypto: center.CryptoSpec{Kind: center.CryptoEncrypt}}))
 			return w.uniform(w.vm(vm.Ref), true)
 		}},
+		{name: "snapshot", profile: policy.VMEncryption, before: powerOn, do: func(w *crashes, vm inventory.Ref) (inventory.Ref, error) {
+			return w.c.CreateSnapshot(w.ctx, w.p, vm, center.SnapshotSpec{Name: "a"})
+		}, check: func(w *crashes, vm *inventory.VM) string { return treeIs(vm, "1<0 a on; current 1") }},
+		{name: "revert", before: func(w *crashes, vm inventory.Ref) { twoSnapshots(w.world, vm); powerOn(w, vm) },
+			do: func(w *crashes, vm inventory.Ref) (inventory.Ref, error) {
+				return w.c.RevertToSnapshot(w.ctx, w.p, vm, 1)
+			},
+			check: func(w *crashes, vm *inventory.VM) string {
+				if vm.Power != inventory.PoweredOff || w.host.Running(vm.UUID) {
+					return "it runs"
+				}
+				return treeIs(vm, "1<0 a off, 2<1 b off; current 1")
+			}},
+		{name: "remove snapshot", before: func(w *crashes, vm inventory.Ref) { twoSnapshots(w.world, vm) },
+			do: func(w *crashes, vm inventory.Ref) (inventory.Ref, error) {
+				return w.c.RemoveSnapshot(w.ctx, w.p, vm, 1, false)
+			},
+			check: func(w *crashes, vm *inventory.VM) string { return treeIs(vm, "2<0 b off; current 2") }},
+		{name: "remove snapshot that fails", before: func(w *crashes, vm inventory.Ref) { twoSnapshots(w.world, vm) },
+			do: func(w *crashes, vm inventory.Ref) (inventory.Ref, error) {
+				w.ds.SetFull(true)
+				return w.c.RemoveSnapshot(w.ctx, w.p, vm, 1, true)
+			}, check: func(w *crashes, vm *inventory.VM) string {
+				w.ds.SetFull(false)
+				if wrong := treeIs(vm, "; current 0; consolidate"); wrong != "" {
+					return wrong
+				}
+				w.ok(w.c.ConsolidateDisks(w.ctx, w.p, vm.Ref))
+				return treeIs(w.vm(vm.Ref), "; current 0")
+			}},
 	} {
 		group.Go(func() {
 			slots <- struct{}{}
@@ -208,7 +238,7 @@ func crashEverywhere(t *testing.T, c crashCase) {
 		}
 		steps := w.steps
 		w.mu.Unlock()
-		if r.Result != "" {
+		if r.Result.Kind() == inventory.KindVM {
 			vm = r.Result
 		}
 		record, _ := inventory.Lookup[inventory.VM](w.c.View(), vm)

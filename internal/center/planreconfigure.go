@@ -51,6 +51,9 @@ func (c *Center) planReconfigure(ctx context.Context, p Principal, vm *inventory
 	if err := checkDiskChanges(vm, spec); err != nil {
 		return fail(err)
 	}
+	if err := withoutSnapshots(vm, spec); err != nil {
+		return fail(err)
+	}
 	pl := planner{
 		vm: vm, spec: spec,
 		policy: func(id policy.ID) (Policy, error) { return c.Policy(ctx, id) },

@@ -154,6 +154,7 @@ func wireKeyID(k *KeyID) *hostapi.KeyID {
 func cloneVM(vm *inventory.VM) *inventory.VM {
 	n := *vm
 	n.Disks = slices.Clone(vm.Disks)
+	n.Snapshots = slices.Clone(vm.Snapshots)
 	n.Hardware.NICs = slices.Clone(vm.Hardware.NICs)
 	return &n
 }

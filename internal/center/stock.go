@@ -149,7 +149,7 @@ func (c *Center) settleHost(ctx context.Context, host Ref) {
 }
 
 func hasNotes(vm *inventory.VM) bool {
-	return vm.Converting != nil || slices.ContainsFunc(vm.Disks, func(d inventory.Disk) bool { return d.Converting != nil })
+	return vm.Converting != nil || vm.SnapshotsChanging || slices.ContainsFunc(vm.Disks, func(d inventory.Disk) bool { return d.Converting != nil })
 }
 
 // takeStock reads a VM's folder, after a change was broken off, and clears the
@@ -249,8 +249,10 @@ func stockOf(vm *inventory.VM, info *hostapi.VMInfo) {
 		return !slices.ContainsFunc(vm.Disks, func(d inventory.Disk) bool { return d.UUID == o.Uuid })
 	})
 	if len(known) == len(vm.Disks) { // else the folder is not as it should be: leave the record as it is
-		copied := &hostapi.VMInfo{Hardware: info.Hardware, SizeBytes: info.SizeBytes, Disks: known}
+		copied := &hostapi.VMInfo{Hardware: info.Hardware, SizeBytes: info.SizeBytes, Disks: known,
+			Snapshots: info.Snapshots, CurrentSnapshot: info.CurrentSnapshot, ConsolidationNeeded: info.ConsolidationNeeded}
 		takeInfo(vm, copied)
+		vm.SnapshotsChanging = false
 	}
 }
 

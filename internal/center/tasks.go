@@ -17,6 +17,7 @@ const (
 	taskPower       = "vm.power"
 	taskDestroy     = "vm.destroy"
 	taskUnlock      = "vm.unlock"
+	taskSnapshot    = "vm.snapshot"
 )
 
 // CancelTask asks a task to end. Who started it may, and who has the privilege

@@ -180,6 +180,7 @@ func takeInfo(vm *inventory.VM, info *hostapi.VMInfo) {
 		}
 	}
 	vm.SizeBytes = info.SizeBytes
+	takeSnapshots(vm, info)
 	vm.Epoch = max(vm.Epoch, info.Epoch)
 	old := vm.Disks
 	vm.Disks = nil

@@ -72,6 +72,12 @@ const (
 	VMPoweredOff      = "vim.event.VmPoweredOffEvent"
 	VMReset           = "vim.event.VmResettingEvent"
 	VMGuestShutdown   = "vim.event.VmGuestShutdownEvent"
+	VMSnapshotCreated = "com.mortise.vm.SnapshotCreated"
+	VMSnapshotRenamed = "com.mortise.vm.SnapshotRenamed"
+	VMSnapshotRemoved = "com.mortise.vm.SnapshotRemoved"
+	VMReverted        = "com.vmware.vc.vm.VmStateRevertedToSnapshot"
+	VMConsolidated    = "com.mortise.vm.DisksConsolidated"
+	VMUnconsolidated  = "com.mortise.vm.ConsolidationNeeded"
 	VMDiskImported    = "com.mortise.vm.DiskImported"
 	VMConsole         = "com.mortise.vm.ConsoleOpened"
 )

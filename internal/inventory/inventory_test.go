@@ -249,11 +249,37 @@ func TestKeysOfVM(t *testing.T) {
 	}
 }
 
+func TestSnapshotRef(t *testing.T) {
+	r := SnapshotRef("vm-13", 2)
+	if vm, id, ok := r.Snapshot(); r != "snapshot-13-2" || vm != "vm-13" || id != 2 || !ok || r.Kind() != "" {
+		t.Errorf("%s is snapshot %d of %s, %v, of kind %q", r, id, vm, ok, r.Kind())
+	}
+	for _, r := range []Ref{"", "vm-13", "snapshot-", "snapshot-13", "snapshot-13-", "snapshot-13-0", "snapshot-0-1", "snapshot-013-2", "snapshot-13-02",
+		"snapshot--1-2", "snapshot-13-+2", "snapshot-13-2-3", "snapshot-13-2147483648", "snapshot-9223372036854775808-1"} {
+		if vm, id, ok := r.Snapshot(); ok {
+			t.Errorf("%q is snapshot %d of %s", r, id, vm)
+		}
+	}
+	tree := VM{Snapshots: []Snapshot{{ID: 2}, {ID: 3, Parent: 2}, {ID: 4, Parent: 2}, {ID: 5, Parent: 1}}}
+	ids := func(list []Snapshot) (ids []int32) {
+		for _, s := range list {
+			ids = append(ids, s.ID)
+		}
+		return ids
+	}
+	if roots, on2, on5 := ids(tree.SnapshotsOn(0)), ids(tree.SnapshotsOn(2)), ids(tree.SnapshotsOn(5)); !slices.Equal(roots, []int32{2, 5}) || !slices.Equal(on2, []int32{3, 4}) || on5 != nil {
+		t.Errorf("roots %v, on 2 %v, on 5 %v", roots, on2, on5)
+	}
+}
+
 func FuzzRef(f *testing.F) {
-	for _, s := range []string{"vm-13", "group-d1", "", "domain-c7", "vm-013"} {
+	for _, s := range []string{"vm-13", "group-d1", "", "domain-c7", "vm-013", "snapshot-13-2", "snapshot-013-2"} {
 		f.Add(s)
 	}
 	f.Fuzz(func(t *testing.T, s string) {
+		if vm, id, ok := Ref(s).Snapshot(); ok && (SnapshotRef(vm, id) != Ref(s) || Ref(s).Kind() != "" || vm.Kind() != KindVM) {
+			t.Errorf("%q is snapshot %d of %s", s, id, vm)
+		}
 		if r := Ref(s); r.Kind() != "" {
 			prefix, n := r.split()
 			if prefixes[prefix] == "" || n < 1 {

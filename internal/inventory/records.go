@@ -179,6 +179,11 @@ type VM struct {
 
 	MigrateEncryption string `json:"migrateEncryption"`
 	Orphaned          bool   `json:"orphaned,omitempty"` // its host was removed
+
+	Snapshots           []Snapshot `json:"snapshots,omitempty"`           // parents before their children
+	CurrentSnapshot     int32      `json:"currentSnapshot,omitempty"`     // that the disks stand on; 0: none
+	ConsolidationNeeded bool       `json:"consolidationNeeded,omitempty"` // disks have links that no snapshot needs
+	SnapshotsChanging   bool       `json:"snapshotsChanging,omitempty"`   // a change has perhaps reached the host: the three above may be of before it
 }
 
 // Hardware of a VM.

@@ -23,8 +23,9 @@ import (
 // Host is a host made small: it joins with a token, speaks hostapi over mutual
 // TLS, keeps pushed keys in memory for the VMs they are for, and obeys the rules
 // of a real host: no key, no access; a folder that says less than center expects
-// is refused; a conversion goes on from where it stopped. VMs are records in a
-// [Datastore]; their guests are a flag.
+// is refused; a conversion goes on from where it stopped; snapshots are a tree, and
+// removing them takes steps. VMs are records in a [Datastore]; their guests are a
+// flag.
 type Host struct {
 	Name string
 	UUID string

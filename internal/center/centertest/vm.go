@@ -43,11 +43,13 @@ type folder struct {
 	hardware         *hostapi.Hardware
 	home             sealed
 	disks            []*disk
+	snapshots        snapshots
 }
 
 type disk struct {
 	uuid, path, controller string
 	key                    int32
+	link                   int // which of its links is on top; 0: the base
 	capacity               int64
 	content                []byte
 	sealed
@@ -269,9 +271,10 @@ func (h *Host) info(d *Datastore, f *folder) *hostapi.VMInfo {
 	if missing(f.home.key) {
 		i.Locked, i.LockedReason = true, "the key "+keyName(f.home.key)+" is not here"
 	}
+	f.snapshots.info(i)
 	for _, disk := range f.disks {
 		missing(disk.sealed.key)
-		x := &hostapi.DiskInfo{Uuid: disk.uuid, Key: disk.key, Path: disk.path, Controller: disk.controller, CapacityBytes: disk.capacity, AllocatedBytes: int64(len(disk.content)),
+		x := &hostapi.DiskInfo{Uuid: disk.uuid, Key: disk.key, Path: disk.top(), Controller: disk.controller, CapacityBytes: disk.capacity, AllocatedBytes: int64(len(disk.content)),
 			Encrypted: disk.sealed.key != nil, KeyId: disk.sealed.key, Epoch: disk.epoch}
 		if x.Encrypted {
 			x.Cipher = "XTS-AES-256"
@@ -316,7 +319,7 @@ func (s *service) InspectDisk(_ context.Context, r *hostapi.InspectDiskRequest) 
 	defer d.mu.Unlock()
 	for _, f := range d.vms {
 		for i, disk := range f.disks {
-			if disk.path == r.Path {
+			if disk.top() == r.Path {
 				return s.h.info(d, f).Disks[i], nil
 			}
 		}
@@ -366,6 +369,10 @@ func (s *service) ReconfigureVM(r *hostapi.ReconfigureVMRequest, stream grpc.Ser
 // call did is passed over.
 func (h *Host) reconfigure(ctx context.Context, d *Datastore, f *folder, r *hostapi.ReconfigureVMRequest, tell func(*hostapi.Progress)) error {
 	d.mu.Lock()
+	if err := f.snapshots.fixed(r); err != nil {
+		d.mu.Unlock()
+		return err
+	}
 	if r.Hardware != nil {
 		f.hardware = r.Hardware
 	}
