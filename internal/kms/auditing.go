@@ -58,6 +58,9 @@ func (s *Session) End(op kmip.Operation, id string, err error) error {
 	}
 	e := s.entry(operationName(op), id, err)
 	ticket, werr := s.k.journal.Append(&e, false)
+	if werr != nil && errors.Is(err, store.ErrUnavailable) {
+		return err // the client must not be told that nothing was done
+	}
 	if werr != nil {
 		return AsError(fmt.Errorf("kms: %w: %w", ErrAudit, werr))
 	}

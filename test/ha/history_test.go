@@ -212,7 +212,7 @@ func (l *load) do(client int, server *kmipc.Server, o op) (answered bool) {
 	case errors.Is(err, kmipc.ErrNotFound): // every key in the load was acknowledged
 		l.g.t.Errorf("%s of %s at %s: an acknowledged key is not there: %v", o.what, o.key, server.Name(), err)
 		return true
-	case errors.Is(err, kmipc.ErrFailed) && !strings.Contains(err.Error(), "is full"): // a lost leader is not to be answered
+	case errors.Is(err, kmipc.ErrFailed) && !strings.Contains(err.Error(), "is full") && !strings.Contains(err.Error(), "cannot write its audit log"): // a lost leader is not to be answered
 		l.g.t.Errorf("%s of %s at %s: %v", o.what, o.key, server.Name(), err)
 		fallthrough
 	default:
