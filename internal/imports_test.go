@@ -14,7 +14,7 @@ import (
 // lower levels, and a listed subpackage may import its parent.
 var level = map[string]int{
 	"secret": 0, "xts": 0, "atomicfile": 0, "vmxfile": 0, "storage": 0,
-	"keysafe": 1, "vmdk": 1, "vdisk": 1, "nbd": 1, "vmfiles": 1, "domain": 1, "rootkey": 1, "rootkey/pkcs11": 1, "tpm": 1, "store": 1, "kmipc": 1, "pki": 1,
+	"keysafe": 1, "vmdk": 1, "vmsd": 1, "vdisk": 1, "nbd": 1, "vmfiles": 1, "domain": 1, "rootkey": 1, "rootkey/pkcs11": 1, "tpm": 1, "store": 1, "kmipc": 1, "pki": 1,
 	"kms/audit": 1, "kms": 2, "kms/kmipd": 2, "kms/admin": 2, "kms/metrics": 2, "kms/cluster": 2, "provider": 2, "provider/standard": 2, "provider/certify": 2, "kms/backup": 2, "kms/migrate": 2, "kms/unlocking": 2, "inventory": 2, "policy": 2, "authz": 2, "task": 2, "event": 2, "hostapi": 2,
 	"vmx": 3, "host": 3, "center": 3, "vimapi/vimext": 3,
 	"vimapi": 4, "cli": 4, "cli/kmscli": 4, "dev": 4,

@@ -3,7 +3,6 @@ package host
 import (
 	"context"
 	"fmt"
-	"io"
 	"path/filepath"
 	"sync"
 
@@ -200,30 +199,14 @@ func (s *Server) reconfigure(r *hostapi.ReconfigureVMRequest, stream hostapi.Hos
 		if err != nil {
 			return err
 		}
-		for {
-			u, err := updates.Recv()
-			if err == io.EOF {
-				return nil
-			}
-			if err != nil {
-				return err
-			}
-			if result = u.Result; result != nil {
-				continue
-			}
-			if err := send(u); err != nil {
-				return err
-			}
-		}
+		result, err = relay(updates, send)
+		return err
 	})
 	if !led {
 		done()
 	}
 	if err != nil {
 		return nil, err
-	}
-	if result == nil {
-		return nil, fmt.Errorf("vmx ended without a result; see the VM's log")
 	}
 	return s.finish(m, r.Ref, path, result)
 }

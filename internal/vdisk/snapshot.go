@@ -170,6 +170,10 @@ func (d *Disk) makeLink(ctx context.Context, path string, key keysafe.KeyID, epo
 	})
 }
 
+// NextLink is a free name for a link of the disk to which the descriptor at path
+// belongs: the one that it is given when a LinkSpec has no Path.
+func NextLink(path string) (string, error) { return nextLink(osFS{}, path) }
+
 // nextLink is the next free name of a link of the disk to which path belongs.
 func nextLink(fsys fsys, path string) (string, error) {
 	names, err := fsys.List(filepath.Dir(path))

@@ -57,6 +57,9 @@ func Inspect(path string) (*hostapi.VMInfo, error) {
 	for _, s := range slots {
 		info.Disks = append(info.Disks, inspectDisk(path, s))
 	}
+	if err := inspectSnapshots(path, slots, info); err != nil {
+		info.Problems = append(info.Problems, err.Error())
+	}
 	info.SizeBytes = folderSize(filepath.Dir(path))
 	return info, nil
 }

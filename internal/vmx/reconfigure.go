@@ -10,6 +10,7 @@ import (
 	"mortise/internal/hostapi"
 	"mortise/internal/keysafe"
 	"mortise/internal/vdisk"
+	"mortise/internal/vmsd"
 	"mortise/internal/vmxfile"
 )
 
@@ -158,6 +159,15 @@ func (v *vm) checkChange(r *hostapi.ReconfigureVMRequest, live map[uuid.UUID]*vd
 	for _, d := range r.AddDisks {
 		if d.KeyId != nil && !final {
 			return hostapi.Faultf(hostapi.Fault_INVALID, "an encrypted disk cannot be added to a VM that is not encrypted: encrypt the VM too (E6)")
+		}
+	}
+	if len(r.AddDisks)+len(r.AttachDisks)+len(r.RemoveDiskUuids) > 0 {
+		t, err := vmsd.Load(vmsdPath(v.path))
+		if err != nil {
+			return faultOf(err)
+		}
+		if n := len(t.Snapshots); n > 0 {
+			return hostapi.Faultf(hostapi.Fault_INVALID, "VM %s has %d snapshots, of the disks that it has now: delete them before disks are added or removed", v.id, n)
 		}
 	}
 	return v.checkLive(r, live)

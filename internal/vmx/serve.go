@@ -29,11 +29,16 @@ type opened struct {
 	serve *service // nil without a guest
 }
 
-// openAll opens every disk of the VM. The extents' locks are held from here on.
+// openAll opens every disk of the VM, after what an interrupted change has left is
+// settled. The extents' locks are held from here on.
 func (v *vm) openAll(ctx context.Context) (o *opened, err error) {
 	if err := v.settle(); err != nil {
 		return nil, err
 	}
+	return v.openDisks(ctx)
+}
+
+func (v *vm) openDisks(ctx context.Context) (o *opened, err error) {
 	f, err := loadVMX(v.path)
 	if err != nil {
 		return nil, err

@@ -209,13 +209,7 @@ func (s *server) Reconfigure(r *hostapi.VMXReconfigureRequest, stream hostapi.VM
 	if s.open != nil {
 		live = s.open.disks
 	}
-	var last time.Time
-	tell := func(stage string, p vdisk.Progress) {
-		if now := time.Now(); p.Total == 0 || p.Done == p.Total || now.Sub(last) > 200*time.Millisecond {
-			last = now
-			_ = stream.Send(&hostapi.Progress{Stage: stage, DoneBytes: p.Done, TotalBytes: p.Total, BytesPerSecond: int64(p.Rate), LeftSeconds: p.Left.Seconds(), Back: p.Back}) // a caller that went away cancels the context
-		}
-	}
+	tell := progressTo(stream)
 	change := s.vm.reconfigure
 	if r.Change.Undo {
 		change = s.vm.undo
@@ -234,6 +228,47 @@ func (s *server) Reconfigure(r *hostapi.VMXReconfigureRequest, stream hostapi.VM
 		return err
 	}
 	return stream.Send(&hostapi.Progress{Stage: "done", Result: info})
+}
+
+// ChangeSnapshots implements hostapi.VMXServer.
+func (s *server) ChangeSnapshots(r *hostapi.VMXSnapshotRequest, stream hostapi.VMX_ChangeSnapshotsServer) error {
+	s.op.Lock()
+	defer s.op.Unlock()
+	if err := s.vm.takeKeys(r.Keys); err != nil {
+		return err
+	}
+	if err := s.vm.identify(r.Change.GetRef()); err != nil {
+		return err
+	}
+	if err := s.confine(); err != nil {
+		return err
+	}
+	var live map[uuid.UUID]*vdisk.Chain
+	if s.open != nil {
+		live = s.open.disks
+	}
+	ctx, done := s.whileOpen(stream.Context())
+	defer done()
+	if err := s.vm.changeSnapshots(ctx, r.Change, r.Running, live, progressTo(stream)); err != nil {
+		return faultOf(err)
+	}
+	info, err := s.vm.describe()
+	if err != nil {
+		return err
+	}
+	return stream.Send(&hostapi.Progress{Stage: "done", Result: info})
+}
+
+// progressTo sends how far a change is, now and then. A caller that went away cancels
+// the context.
+func progressTo(stream interface{ Send(*hostapi.Progress) error }) report {
+	var last time.Time
+	return func(stage string, p vdisk.Progress) {
+		if now := time.Now(); p.Total == 0 || p.Done == p.Total || now.Sub(last) > 200*time.Millisecond {
+			last = now
+			_ = stream.Send(&hostapi.Progress{Stage: stage, DoneBytes: p.Done, TotalBytes: p.Total, BytesPerSecond: int64(p.Rate), LeftSeconds: p.Left.Seconds(), Back: p.Back})
+		}
+	}
 }
 
 // whileOpen is a call's context, which also ends when the VM is to be closed.

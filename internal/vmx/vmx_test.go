@@ -103,7 +103,14 @@ func (l *lab) start() *proc {
 		_ = syscall.Unmount(filepath.Join(run, guestDir, filesDir), syscall.MNT_DETACH)
 		os.RemoveAll(run)
 	})
+	return l.startIn(run)
+}
+
+// startIn runs a vmx in a run folder that there is.
+func (l *lab) startIn(run string) *proc {
+	l.Helper()
 	p := &proc{cmd: exec.Command(os.Args[0], l.path, run), log: &bytes.Buffer{}, run: run, done: make(chan error, 1)}
+	_ = os.Remove(filepath.Join(run, controlSocket)) // of the process before
 	p.cmd.Env = append(os.Environ(), actAsVMX+"=1", "GORACE=atexit_sleep_ms=0")
 	if l.kill != "" {
 		p.cmd.Env = append(p.cmd.Env, killAt+"="+l.kill)
