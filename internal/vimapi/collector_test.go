@@ -61,6 +61,7 @@ func TestNothingMandatoryIsEmpty(t *testing.T) {
 	w.edit(t, "vm-100", func(vm *inventory.VM) {
 		vm.Power, vm.BootTime, vm.Encrypted, vm.CryptoState = inventory.PoweredOn, time.Now(), true, inventory.Locked
 		vm.KeyID = &inventory.KeyID{Provider: "kms", Key: "k1"}
+		vm.Snapshots, vm.CurrentSnapshot = []inventory.Snapshot{{ID: 1, Name: "a"}, {ID: 2, Parent: 1, PoweredOn: true}}, 2
 		vm.Disks = append(vm.Disks, inventory.Disk{Key: 16000, Controller: "sata0:0"}, inventory.Disk{Key: 32000, Controller: "nvme1:0"}, inventory.Disk{Key: 2001})
 		vm.Hardware.NICs = append(vm.Hardware.NICs, inventory.NIC{Key: 4001, Model: "e1000"}, inventory.NIC{Key: 4002, Model: "virtio"})
 	})

@@ -330,6 +330,7 @@ func linksOf(rec inventory.Record) links {
 	switch r := rec.(type) {
 	case *inventory.VM:
 		l.to[1], l.to[2], l.to[3] = r.Host, r.Datastore, r.Pool
+		l.state = snapshotState(r)
 		for _, n := range r.Hardware.NICs {
 			l.more = append(l.more, byName+inventory.Ref(n.Network))
 		}

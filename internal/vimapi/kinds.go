@@ -65,6 +65,7 @@ func kindTable() map[string]*kind {
 		all[name] = newKind(name, props)
 	}
 	all["Task"] = newKind("Task", taskProps())
+	all[string(inventory.KindSnapshot)] = newKind(string(inventory.KindSnapshot), snapshotProps())
 	all["PropertyCollector"] = newKind("PropertyCollector", collectorProps())
 	all["PropertyFilter"] = newKind("PropertyFilter", filterProps())
 	all["ContainerView"] = newKind("ContainerView", containerViewProps())
@@ -166,6 +167,10 @@ func (r *reader) lookup(ref types.ManagedObjectReference) (object, bool) {
 		rec, ok := r.view.Get(id)
 		return object{ref: ref, kind: k, of: rec}, ok
 	}
+	if ref.Type == string(inventory.KindSnapshot) {
+		s, ok := r.snapshot(ref)
+		return object{ref: ref, kind: k, of: s}, ok
+	}
 	if r.client != nil {
 		o, ok := r.client.get(ref)
 		return object{ref: ref, kind: k, of: o}, ok
@@ -184,6 +189,8 @@ func (r *reader) guard(o object) inventory.Ref {
 			return inventory.RootFolder
 		}
 		return rec.Entity
+	case *snapshotObject:
+		return rec.vm.Ref
 	case inventory.Record:
 		return rec.Self().Ref
 	}

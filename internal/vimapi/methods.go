@@ -35,7 +35,7 @@ func (m method) small() method { m.limit = anonymousLimit; return m }
 
 func methodTable() map[string]*method {
 	all := map[string]*method{}
-	for _, rows := range [][]method{coreMethods(), vmMethods(), taskMethods(), eventMethods(), cryptoMethods(), pbmMethods(), mortiseMethods()} {
+	for _, rows := range [][]method{coreMethods(), vmMethods(), snapshotMethods(), taskMethods(), eventMethods(), cryptoMethods(), pbmMethods(), mortiseMethods()} {
 		for _, m := range rows {
 			all[m.namespace+" "+m.name] = &m
 		}

@@ -58,6 +58,8 @@ func taskInfo(t *task.Record) types.TaskInfo {
 	}
 	if ref := reference(t.Result); ref != nil {
 		info.Result = *ref
+	} else if vm, id, ok := t.Result.Snapshot(); ok {
+		info.Result = snapshotMoref(vm, id)
 	}
 	return info
 }
@@ -78,6 +80,20 @@ func methodOf(name string) string {
 		return "PowerOffVM_Task"
 	case "VirtualMachine.reset":
 		return "ResetVM_Task"
+	case "VirtualMachine.createSnapshot":
+		return "CreateSnapshot_Task"
+	case "VirtualMachine.revertToCurrentSnapshot":
+		return "RevertToCurrentSnapshot_Task"
+	case "VirtualMachine.removeAllSnapshots":
+		return "RemoveAllSnapshots_Task"
+	case "VirtualMachine.consolidateDisks":
+		return "ConsolidateVMDisks_Task"
+	case "vm.Snapshot.revert":
+		return "RevertToSnapshot_Task"
+	case "vm.Snapshot.remove":
+		return "RemoveSnapshot_Task"
+	case "vm.Snapshot.rename":
+		return "RenameSnapshot"
 	case "VirtualMachine.destroy", "HostSystem.destroy":
 		return "Destroy_Task"
 	case "VirtualMachine.cryptoUnlock":

@@ -19,15 +19,25 @@ func vmProps() map[string]prop {
 		"runtime":              on(func(r *reader, vm *inventory.VM) any { return r.vmRuntime(vm) }),
 		"summary":              on((*reader).vmSummary),
 		"guest":                on(func(_ *reader, vm *inventory.VM) any { return vmGuest(vm) }),
-		"capability":           on(func(*reader, *inventory.VM) any { return types.VirtualMachineCapability{BootOptionsSupported: true} }),
+		"capability":           on(func(*reader, *inventory.VM) any { return vmCapability() }),
 		"storage":              on(func(r *reader, vm *inventory.VM) any { return r.vmStorage(vm) }),
 		"layoutEx":             on((*reader).vmFiles),
 		"resourcePool":         on(func(_ *reader, vm *inventory.VM) any { return reference(vm.Pool) }),
 		"datastore":            on(func(r *reader, vm *inventory.VM) any { return r.existing([]inventory.Ref{vm.Datastore}) }),
 		"network":              on(func(r *reader, vm *inventory.VM) any { return morefs(r.networksOf(vm)) }),
-		"rootSnapshot":         on(func(*reader, *inventory.VM) any { return []types.ManagedObjectReference{} }),
+		"snapshot":             on(func(_ *reader, vm *inventory.VM) any { return vmSnapshots(vm) }),
+		"rootSnapshot":         on(func(_ *reader, vm *inventory.VM) any { return snapshotsOn(vm, 0) }),
 		"overallStatus":        on(func(r *reader, vm *inventory.VM) any { return r.vmStatus(vm) }),
 		"guestHeartbeatStatus": on(func(*reader, *inventory.VM) any { return types.ManagedEntityStatusGray }),
+	}
+}
+
+// vmCapability says what can be done with VMs: snapshots of disks, without the
+// guest's memory and without an agent that brings its file systems to rest.
+func vmCapability() types.VirtualMachineCapability {
+	return types.VirtualMachineCapability{
+		BootOptionsSupported: true, SnapshotOperationsSupported: true, MultipleSnapshotsSupported: true,
+		PoweredOffSnapshotsSupported: true, RevertToSnapshotSupported: true,
 	}
 }
 
@@ -125,6 +135,7 @@ func (r *reader) vmRuntime(vm *inventory.VM) types.VirtualMachineRuntimeInfo {
 		// Mandatory: pyVmomi fails at an empty one.
 		FaultToleranceState: types.VirtualMachineFaultToleranceStateNotConfigured, RecordReplayState: types.VirtualMachineRecordReplayStateInactive,
 		CleanPowerOff: ptr(vm.Power == inventory.PoweredOff), Paused: ptr(vm.PausedOnError), SnapshotInBackground: ptr(false),
+		ConsolidationNeeded: vm.ConsolidationNeeded,
 	}
 	switch h, ok := inventory.Lookup[inventory.Host](r.view, vm.Host); {
 	case vm.Orphaned || !ok:
