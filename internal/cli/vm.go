@@ -25,7 +25,7 @@ have the same name.`,
   mortise vm power on web1
   mortise vm console web1
   mortise vm recrypt web1`,
-		vmLs(g), vmInfo(g), vmCreate(g), vmImport(g), vmEncrypt(g), vmDecrypt(g), vmRecrypt(g), vmUnlock(g),
+		vmLs(g), vmInfo(g), vmCreate(g), vmImport(g), vmEncrypt(g), vmDecrypt(g), vmRecrypt(g), vmUnlock(g), vmSnapshot(g),
 		vmPower(g), vmConsole(g), vmRegister(g), vmUnregister(g), vmDelete(g))
 }
 

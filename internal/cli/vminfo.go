@@ -33,6 +33,9 @@ type vmInfoJSON struct {
 	LockedReason      string     `json:"lockedReason,omitempty"`
 	MissingKeys       []keyRef   `json:"missingKeys"`
 	MigrateEncryption string     `json:"migrateEncryption"`
+	Snapshots         int        `json:"snapshots"`
+	CurrentSnapshot   string     `json:"currentSnapshot,omitempty"`
+	NeedsMerge        bool       `json:"consolidationNeeded"`
 	Files             cryptoJSON `json:"files"`
 	Disks             []diskJSON `json:"disks"`
 }
@@ -86,9 +89,10 @@ A key id is no secret: without the provider's consent nobody gets the key.
 JSON: {"vm" (reference), "name", "uuid", "power", "pausedOnError", "problem", "host",
 "path", "memoryBytes", "cpus", "firmware", "guest", "annotation", "networks": [{"network",
 "mac"}], "cryptoState" (unlocked, locked; none in clear), "lockedReason", "missingKeys":
-[{"provider", "key"}], "migrateEncryption", "files": CRYPTO, "disks": [{"disk",
-"deviceKey", "uuid", "path", "capacityBytes", "allocatedBytes", "cipher", "problem",
-"crypto": CRYPTO}]}, where CRYPTO is {"encrypted", "policy", "provider", "key",
+[{"provider", "key"}], "migrateEncryption", "snapshots" (how many), "currentSnapshot"
+(its name), "consolidationNeeded", "files": CRYPTO, "disks": [{"disk", "deviceKey",
+"uuid", "path", "capacityBytes", "allocatedBytes", "cipher", "problem", "crypto":
+CRYPTO}]}, where CRYPTO is {"encrypted", "policy", "provider", "key",
 "keyState", "keyProblem", "epoch", "converting": {"kind", "boundaryBytes", "target"}}.`,
 		Example: `  mortise vm info web1
   mortise vm info web1 --json | jq -r .files.key`,
@@ -142,8 +146,19 @@ func (c *client) vmInfo(ctx context.Context, name string, keyState bool) (*vmInf
 // addHardware fills in what vSphere's own properties tell.
 func (c *client) addHardware(ctx context.Context, ref types.ManagedObjectReference, info *vmInfoJSON) error {
 	var vm mo.VirtualMachine
-	if err := c.properties(ctx, ref, []string{"config"}, &vm); err != nil {
+	if err := c.properties(ctx, ref, []string{"config", "snapshot", "runtime.consolidationNeeded"}, &vm); err != nil {
 		return err
+	}
+	info.NeedsMerge = vm.Runtime.ConsolidationNeeded
+	if vm.Snapshot != nil {
+		var list snapshotsJSON
+		list.add(vm.Snapshot, vm.Snapshot.RootSnapshotList, 0, 0)
+		info.Snapshots = len(list.Snapshots)
+		for _, s := range list.Snapshots {
+			if s.Current {
+				info.CurrentSnapshot = s.Name
+			}
+		}
 	}
 	if vm.Config == nil {
 		return nil
@@ -207,6 +222,12 @@ func (c *client) printInfo(i *vmInfoJSON) error {
 		line(l[0], "%s", l[1])
 	}
 	line("vMotion", "encryption %s", i.MigrateEncryption)
+	if i.Snapshots > 0 {
+		line("snapshots", "%d, current %s", i.Snapshots, cmp.Or(i.CurrentSnapshot, "none"))
+	}
+	if i.NeedsMerge {
+		line("CONSOLIDATE", "disks have links that no snapshot needs: mortise vm snapshot consolidate %s", i.Name)
+	}
 	for _, d := range i.Disks {
 		fmt.Fprintln(c.out)
 		line("disk", "%s  (key %d)", d.Disk, d.DeviceKey)

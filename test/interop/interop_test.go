@@ -164,6 +164,30 @@ func TestGovc(t *testing.T) {
 	g.ok("vm.register web1/web1.vmx")
 	g.ok("find -type m", "/Datacenter/vm/web2", "/Datacenter/vm/plain")
 	g.fails("kms.rm kms", "web2")
+
+	// Snapshots of its disks.
+	g.ok("snapshot.tree -vm web2")
+	g.okArgs([]string{"snapshot.create", "-vm", "web2", "-d", "as it was", "clean"})
+	g.ok("vm.power -on web2", "OK")
+	g.fails("snapshot.create -vm web2 later", "-m=false") // with memory unless told otherwise
+	g.ok("snapshot.create -vm web2 -m=false later")
+	g.ok("snapshot.tree -vm web2 -D -i -d -c=false", "clean", "as it was", "  [snapshot-", "later")
+	g.ok("snapshot.tree -vm web2 -C", "later")
+	g.ok("vm.info -r web2", "poweredOn")
+	g.fails("vm.disk.create -vm web2 -name web1/more -size 8MB", "2 snapshots", "--all")
+	g.ok("snapshot.revert -vm web2 clean")
+	g.ok("vm.info web2", "poweredOff")
+	g.ok("snapshot.revert -vm web2")
+	g.ok("object.collect -s vm/web2 runtime.consolidationNeeded", "false")
+	g.ok("snapshot.remove -vm web2 clean/later")
+	g.ok("snapshot.create -vm web2 other")
+	g.ok("snapshot.tree -vm web2", "clean", "other")
+	g.okArgs([]string{"snapshot.remove", "-vm", "web2", "*"})
+	g.ok("object.collect -s vm/web2 rootSnapshot")
+	if out := g.ok("snapshot.tree -vm web2"); strings.TrimSpace(out) != "" {
+		t.Errorf("after all are removed: %s", out)
+	}
+	g.ok("device.ls -vm web2", "disk-1000-0")
 	g.ok("vm.destroy web2")
 	g.ok("tasks", "PowerOn", "success")
 	g.ok("events -n 200", "web1", "powered on", "Storage policy")
