@@ -278,7 +278,7 @@ func (d *Disk) createState(s *state, next *dataKey) error {
 	if st, err := d.ext.f.Stat(); err != nil {
 		return err
 	} else if st.size < d.end() {
-		if err := d.ext.f.Truncate(d.end()); err != nil {
+		if err := d.extend(st.size, d.end()); err != nil {
 			return err
 		}
 		if err := d.ext.sync(); err != nil {

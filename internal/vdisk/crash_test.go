@@ -255,7 +255,7 @@ func (x *torture) run(crashes int) error {
 	if x.r.IntN(2) == 0 {
 		spec.Key, x.record = kekA, Expect{true, 1}
 	}
-	spec.fs = x.fs
+	spec.fs, spec.Thick = x.fs, x.r.IntN(3) == 0
 	for {
 		if x.r.IntN(3) == 0 {
 			x.fs.left = x.r.IntN(20)

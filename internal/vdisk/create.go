@@ -25,6 +25,7 @@ type Spec struct {
 	Key     keysafe.KeyID // the KEK that wraps the disk's DEK; zero: a disk in clear
 	KEKs    keysafe.KEKs  // has Key
 	Epoch   uint64        // of the DEK; 0: 1
+	Thick   bool          // its whole space is allocated now, and stays so
 	Random  io.Reader     // of keys and nonces; nil: crypto/rand
 
 	parent    string // of a snapshot link: what its descriptor calls the parent
@@ -35,10 +36,11 @@ type Spec struct {
 	at func(string)
 }
 
-// Create makes a thin disk whose descriptor is path, which must end in .vmdk and
-// must not exist. Everything is durable when it returns. The descriptor is
-// written last: after a crash there is a whole disk, or none and Create can be
-// called again.
+// Create makes a disk, thin unless s.Thick, whose descriptor is path, which must end
+// in .vmdk and must not exist. Everything is durable when it returns. The descriptor
+// is written last: after a crash there is a whole disk, or none and Create can be
+// called again. A thick disk for which there is no space (ENOSPC), or whose storage
+// cannot reserve any (ErrUnsupported), is refused and leaves nothing.
 func Create(ctx context.Context, path string, s Spec) (err error) {
 	if err := ctx.Err(); err != nil {
 		return err
@@ -57,7 +59,7 @@ func Create(ctx context.Context, path string, s Spec) (err error) {
 	}
 	desc, err := vmdk.New(path, vmdk.Spec{
 		Size: s.Size, UUID: s.UUID, CID: binary.LittleEndian.Uint32(cid[12:]) &^ 1, // any but NoParent
-		Extent: filepath.Base(name), Adapter: s.Adapter, Thin: true, Parent: s.parent, ParentCID: s.parentCID,
+		Extent: filepath.Base(name), Adapter: s.Adapter, Thin: !s.Thick, Parent: s.parent, ParentCID: s.parentCID,
 	})
 	if err != nil {
 		return fmt.Errorf("creating a disk: %w", err)
@@ -96,9 +98,19 @@ func Create(ctx context.Context, path string, s Spec) (err error) {
 	if key != nil || delta {
 		length = roundUp(s.Size, UnitSize)
 	}
-	if err := f.Truncate(length); err != nil {
+	// What a crash has left may be longer, or have space that this one does not want.
+	if err := f.Truncate(0); err != nil {
 		return fmt.Errorf("creating an extent: %w", err)
 	}
+	if s.Thick {
+		err = allocate(o.fs, name, f, length, length)
+	} else {
+		err = f.Truncate(length)
+	}
+	if err != nil {
+		return fmt.Errorf("creating an extent: %w", err)
+	}
+	o.at("create.sized")
 	if err := f.Sync(); err != nil {
 		return fmt.Errorf("creating an extent: %w", err)
 	}

@@ -21,6 +21,7 @@ type Info struct {
 	VM        uuid.UUID // that the key safe is bound to, as the descriptor says; zero when it does not
 	Size      int64     // of the disk, bytes
 	Allocated int64     // of storage that the extent takes, bytes
+	Thick     bool      // all of its space is allocated, and stays so; of a whole disk: that of a link of its own is
 
 	Encrypted bool            // the descriptor has a key safe; also in the middle of a conversion
 	Cipher    string          // "" in clear
@@ -67,7 +68,7 @@ func describeIn(fsys fsys, path string) (Info, error) {
 }
 
 func describe(path string, desc *vmdk.Descriptor) Info {
-	i := Info{Path: path, UUID: desc.UUID(), VM: recordedVM(desc), Size: desc.Size(), Parent: desc.Parent(), Sealed: desc.Sealed(), Extent: filepath.Join(filepath.Dir(path), desc.Extents()[0].File)}
+	i := Info{Path: path, UUID: desc.UUID(), VM: recordedVM(desc), Size: desc.Size(), Parent: desc.Parent(), Sealed: desc.Sealed(), Thick: desc.Thick(), Extent: filepath.Join(filepath.Dir(path), desc.Extents()[0].File)}
 	if enc, ok := desc.Encryption(); ok {
 		i.Encrypted, i.Cipher, i.Epoch = true, enc.Cipher, enc.Epoch
 		i.Keys, i.TargetKeys = enc.KeySafe.KeyIDs(), enc.Target.KeyIDs()

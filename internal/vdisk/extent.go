@@ -46,8 +46,9 @@ const chunk = 256 << 10
 // frozen and next follow the boundary; where a conversion runs back they lie
 // before it.
 type extent struct {
-	name string
-	f    file
+	name  string
+	f     file
+	thick bool // its space stays allocated
 
 	gate         sync.RWMutex
 	below, above *xts.Cipher
@@ -220,7 +221,8 @@ func (e *extent) part(n int, off int64) (*xts.Cipher, int) {
 	return c, int(min(int64(n), limit))
 }
 
-// zero makes a range read as zeros, in any form.
+// zero makes a range read as zeros, in any form; if punch, it gives its space back,
+// unless the disk is thick.
 func (e *extent) zero(off, n int64, punch bool) error {
 	if err := e.enter(off, n); err != nil {
 		return err
@@ -230,7 +232,7 @@ func (e *extent) zero(off, n int64, punch bool) error {
 		e.next.note(off, n, true)
 	}
 	defer e.holes.Add(1)
-	if punch {
+	if punch && !e.thick {
 		return e.f.Punch(off, n)
 	}
 	return e.f.Zero(off, n)

@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"math"
 	"os"
 	"syscall"
 
@@ -27,7 +28,9 @@ type file interface {
 	Sync() error
 	Truncate(size int64) error
 	// Allocate reserves space for the first size bytes and makes the file at
-	// least that long. It may do nothing where storage cannot reserve.
+	// least that long. What was not written reads as zeros and is no data. Where
+	// storage cannot reserve, it changes nothing and its error wraps
+	// errors.ErrUnsupported; after another error the file may be longer.
 	Allocate(size int64) error
 	// Punch makes a range read as zeros and gives its space back; Zero makes it
 	// read as zeros and keeps the space. The file's size stays.
@@ -67,6 +70,8 @@ type fsys interface {
 	Remove(name string) error
 	// SyncDir makes creations and removals in a folder durable.
 	SyncDir(dir string) error
+	// Free is how many bytes this user can still take in a folder.
+	Free(dir string) (int64, error)
 	// List returns the names in a folder. Mkdir makes a folder, for the owner only,
 	// if it is not there.
 	List(dir string) ([]string, error)
@@ -116,6 +121,14 @@ func (osFS) ReadFile(name string, limit int) ([]byte, error) { return atomicfile
 func (osFS) ReplaceFile(name string, b []byte) error         { return atomicfile.Write(name, b, 0o600) }
 func (osFS) Remove(name string) error                        { return os.Remove(name) }
 func (osFS) SyncDir(dir string) error                        { return atomicfile.SyncDir(dir) }
+
+func (osFS) Free(dir string) (int64, error) {
+	var st unix.Statfs_t
+	if err := unix.Statfs(dir, &st); err != nil {
+		return 0, &os.PathError{Op: "statfs", Path: dir, Err: err}
+	}
+	return int64(min(st.Bavail, math.MaxInt64/uint64(st.Bsize))) * st.Bsize, nil
+}
 
 func (osFS) List(dir string) ([]string, error) {
 	f, err := os.Open(dir)
@@ -201,17 +214,7 @@ func (f *osFile) fallocate(mode uint32, off, n int64) error {
 	return f.call("fallocate", func(fd int) error { return unix.Fallocate(fd, mode, off, n) })
 }
 
-func (f *osFile) Allocate(size int64) error {
-	err := f.fallocate(0, 0, size)
-	if errors.Is(err, errors.ErrUnsupported) {
-		st, err := f.Stat()
-		if err != nil || st.size >= size {
-			return err
-		}
-		return f.Truncate(size)
-	}
-	return err
-}
+func (f *osFile) Allocate(size int64) error { return f.fallocate(0, 0, size) }
 
 func (f *osFile) Punch(off, n int64) error {
 	return f.fallocate(unix.FALLOC_FL_PUNCH_HOLE|unix.FALLOC_FL_KEEP_SIZE, off, n)

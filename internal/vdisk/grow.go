@@ -67,7 +67,7 @@ func (d *Disk) lengthen(size int64) error {
 		}
 	}
 	if st.size < end {
-		if err := d.ext.f.Truncate(end); err != nil {
+		if err := d.extend(st.size, end); err != nil {
 			return err
 		}
 	}

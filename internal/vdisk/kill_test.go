@@ -25,11 +25,7 @@ var killOps = []struct {
 	run  func(ctx context.Context, path string, w world, at func(string)) error
 	done func(i Info) bool
 }{
-	{"create", func(ctx context.Context, path string, w world, at func(string)) error {
-		s := w.spec(killSize, kekA)
-		s.at = at
-		return Create(ctx, path, s)
-	}, func(i Info) bool { return i.Encrypted && i.Epoch == 1 }},
+	{"create", creating(false), func(i Info) bool { return i.Encrypted && i.Epoch == 1 && !i.Thick && i.Allocated < killSize/2 }},
 	{"shallow", func(ctx context.Context, path string, w world, at func(string)) error {
 		return withDisk(ctx, path, w, at, func(d *Disk) error { return d.ShallowRecrypt(ctx, kekB) })
 	}, func(i Info) bool { return len(i.Keys) == 1 && i.Keys[0] == kekB }},
@@ -39,12 +35,23 @@ var killOps = []struct {
 	{"decrypt", converting(Target{Kind: Decrypting}), func(i Info) bool { return !i.Encrypted }},
 	{"encrypt cancelled", cancelling(Target{Kind: Encrypting, Key: kekA, Epoch: 3}), func(i Info) bool { return !i.Encrypted }},
 	{"encrypt", converting(Target{Kind: Encrypting, Key: kekB, Epoch: 3}), func(i Info) bool { return i.Epoch == 3 && i.Keys[0] == kekB }},
+	{"create thick", creating(true), func(i Info) bool { return i.Encrypted && i.Thick && i.Allocated >= killSize }},
 }
 
 const (
 	killSize = 24*UnitSize - 3*SectorSize
 	killZone = 4 * UnitSize
 )
+
+// creating makes a disk where there is none: what a killed one has left is taken
+// over, also by one that is not so thick.
+func creating(thick bool) func(context.Context, string, world, func(string)) error {
+	return func(ctx context.Context, path string, w world, at func(string)) error {
+		s := w.spec(killSize, kekA)
+		s.at, s.Thick = at, thick
+		return Create(ctx, path, s)
+	}
+}
 
 func converting(t Target) func(context.Context, string, world, func(string)) error {
 	return func(ctx context.Context, path string, w world, at func(string)) error {
@@ -129,7 +136,8 @@ func TestKill(t *testing.T) {
 	for op, k := range killOps {
 		before := filepath.Join(folder, k.name+".before")
 		after := filepath.Join(folder, k.name+".after")
-		if op == 0 {
+		fresh := strings.HasPrefix(k.name, "create")
+		if fresh {
 			mkdir(t, before)
 		} else {
 			copyFolder(t, filepath.Join(folder, killOps[op-1].name+".after"), before)
@@ -156,7 +164,7 @@ func TestKill(t *testing.T) {
 				if ws, ok := cmd.ProcessState.Sys().(syscall.WaitStatus); !ok || !ws.Signaled() {
 					t.Fatalf("the child was not killed: %s", out)
 				}
-				if k.name == "create" {
+				if fresh {
 					if _, err := os.Stat(path); err == nil { // the descriptor is last: the disk is whole
 						compare(t, open(t, path, w.options()), make([]byte, killSize))
 						return
@@ -171,7 +179,7 @@ func TestKill(t *testing.T) {
 				if err != nil || !k.done(info) || info.Conversion != NotConverting {
 					t.Fatalf("at the end: %+v, %v", info, err)
 				}
-				if k.name != "create" {
+				if !fresh {
 					compare(t, open(t, path, w.options()), model)
 				}
 			})

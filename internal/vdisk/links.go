@@ -417,6 +417,7 @@ func overall(links []Info) Info {
 		if filepath.Dir(l.Path) != filepath.Dir(i.Path) {
 			continue
 		}
+		i.Thick = i.Thick || l.Thick
 		mixed = mixed || l.Encrypted != i.Encrypted
 		if l.Encrypted {
 			if !i.Encrypted || l.Epoch < i.Epoch {

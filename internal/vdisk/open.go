@@ -90,6 +90,7 @@ func (d *Disk) ready() error {
 			return err
 		}
 	}
+	d.thicken()
 	if d.desc.IsDelta() {
 		if err := d.recoverLive(); err != nil {
 			return err
@@ -137,7 +138,7 @@ func (d *Disk) lockExtent() error {
 	if d.desc.IsDelta() && !d.opts.link {
 		return &Error{Kind: ErrUnsupported, File: d.path, Why: "it is a snapshot link", Fix: "open it with its chain"}
 	}
-	d.size = d.desc.Size()
+	d.size, d.ext.thick = d.desc.Size(), d.desc.Thick()
 	return nil
 }
 

@@ -154,7 +154,8 @@ func (p *powerFS) List(dir string) (names []string, err error) {
 	return names, p.up()
 }
 
-func (p *powerFS) Mkdir(string) error { return nil }
+func (p *powerFS) Mkdir(string) error         { return nil }
+func (p *powerFS) Free(string) (int64, error) { return 1 << 40, nil }
 
 func (p *powerFS) Stat(name string) (fileStat, error) {
 	p.mu.Lock()

@@ -33,12 +33,12 @@ type progress struct {
 func (d *Disk) startProgress(report func(Progress)) *progress {
 	s := d.state.cur.Load()
 	p := &progress{report: report, state: Progress{Kind: d.kind, Back: s.back, Total: d.end()}, last: time.Now()}
-	part := float64(d.end()-s.boundary) / float64(d.end())
+	left := span{s.boundary, d.end()}
 	if s.back {
-		part = 1 - part
+		left = span{0, s.boundary}
 	}
-	if st, err := d.ext.f.Stat(); err == nil {
-		p.todo = int64(float64(min(st.allocated, d.end())) * part)
+	if n, err := d.data(left); err == nil {
+		p.todo = n
 	}
 	p.say(s.boundary)
 	return p
@@ -95,11 +95,9 @@ const (
 // beside it that has no name, and says how long one would take. It changes nothing
 // and takes about a second.
 func (d *Disk) Estimate(ctx context.Context) (e Estimate, err error) {
-	st, err := d.ext.f.Stat()
-	if err != nil {
+	if e.Bytes, err = d.data(span{0, d.end()}); err != nil {
 		return e, fmt.Errorf("estimating a conversion: %w", err)
 	}
-	e.Bytes = min(st.allocated, d.end())
 	if e.Bytes == 0 {
 		return e, nil
 	}
@@ -144,7 +142,7 @@ func (d *Disk) trial(ctx context.Context, f file, cipher *xts.Cipher) (n int64, 
 		if off >= at+step || off >= d.end() {
 			continue
 		}
-		p := buf[:min(trialPiece, d.end()-off)]
+		p := buf[:min(trialPiece, d.size-off)] // an extent in clear need not have the rest of the last unit
 		d.ext.f.Forget(off, int64(len(p)))
 		began := time.Now()
 		if err := readFull(d.ext.f, p, off); err != nil {

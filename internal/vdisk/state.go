@@ -357,7 +357,17 @@ func newestSlot(r io.ReaderAt) (*state, error) {
 
 // reserve makes room for the sums of a hot zone, so that a full disk shows
 // before a conversion and not in it.
-func (sf *stateFile) reserve() error { return sf.f.Allocate(stateMax) }
+func (sf *stateFile) reserve() error {
+	err := sf.f.Allocate(stateMax)
+	if !errors.Is(err, errors.ErrUnsupported) {
+		return err
+	}
+	st, err := sf.f.Stat() // where storage cannot reserve, the length at least
+	if err != nil || st.size >= stateMax {
+		return err
+	}
+	return sf.f.Truncate(stateMax)
+}
 
 // shrink gives that room back; if it cannot, the file is longer than needed.
 func (sf *stateFile) shrink() {

@@ -162,7 +162,7 @@ type Spec struct {
 	CID     uint32    // content id, not NoParent
 	Extent  string    // file name of the extent
 	Adapter string    // ddb.adapterType; "" means lsilogic
-	Thin    bool      // ddb.thinProvisioned
+	Thin    bool      // takes space as it is written to, see Thick
 
 	// A snapshot link names its parent; both zero for a base disk.
 	Parent    string // of the parent's descriptor, see CheckParentName
@@ -215,7 +215,9 @@ func New(name string, s Spec) (*Descriptor, error) {
 	d.put("ddb.adapterType", s.Adapter, wide)
 	d.setGeometry(s.Adapter, uint64(s.Size))
 	if s.Thin {
-		d.put("ddb.thinProvisioned", "1", wide)
+		d.put(thinKey, "1", wide)
+	} else {
+		d.put(thinKey, "0", wide)
 	}
 	d.put("ddb.uuid", vmxfile.FormatUUID(s.UUID), wide)
 	d.put("ddb.virtualHWVersion", "19", wide)
@@ -276,6 +278,15 @@ func (d *Descriptor) Parent() string { v, _ := d.Get("parentFileNameHint"); retu
 
 // IsDelta says whether the link is a snapshot's.
 func (d *Descriptor) IsDelta() bool { return d.CreateType() == MortiseDelta }
+
+// thinKey says whether a disk is thin. VMware writes only "1"; the "0" tells a disk
+// whose space Mortise keeps allocated from a foreign one, which says nothing and may
+// be sparse.
+const thinKey = "ddb.thinProvisioned"
+
+// Thick says whether all of the disk's space is to be allocated all the time. It is
+// no secret and not covered by the MAC: an edit costs space, or frees it.
+func (d *Descriptor) Thick() bool { v, _ := d.Get(thinKey); return v == "0" && !d.IsDelta() }
 
 // UUID is the disk's identity; zero when a foreign descriptor has none.
 func (d *Descriptor) UUID() uuid.UUID {
