@@ -89,6 +89,7 @@ func TestKilledAtEveryStep(t *testing.T) {
 	}
 	for i, kind := range []string{"encrypt", "shallow", "deep", "decrypt"} {
 		t.Run(kind, func(t *testing.T) {
+			t.Parallel()
 			l := fresh(t)
 			for _, c := range changes(l)[:i] {
 				l.must(c)
@@ -98,8 +99,9 @@ func TestKilledAtEveryStep(t *testing.T) {
 			if err := os.CopyFS(before, os.DirFS(filepath.Dir(l.path))); err != nil {
 				t.Fatal(err)
 			}
-			t.Setenv(killAt, "never")
+			l.kill = "never"
 			p := l.start()
+			l.kill = ""
 			if _, err := l.reconfigure(p, changes(l)[i]); err != nil {
 				t.Fatalf("%v\n%s", err, p.log)
 			}
@@ -119,13 +121,13 @@ func TestKilledAtEveryStep(t *testing.T) {
 				if err := os.CopyFS(filepath.Dir(l.path), os.DirFS(before)); err != nil {
 					t.Fatal(err)
 				}
-				t.Setenv(killAt, step)
+				l.kill = step
 				p := l.start()
+				l.kill = ""
 				if _, err := l.reconfigure(p, changes(l)[i]); err == nil {
 					t.Fatalf("%s: not killed\n%s", step, p.log)
 				}
 				<-p.done
-				os.Unsetenv(killAt)
 				info := l.must(changes(l)[i])
 				if info.Encrypted != (i < 3) || info.Disks[0].Encrypted != (i < 3) || info.Disks[0].Conversion != "" {
 					t.Errorf("%s: after the repeated change: %v", step, info)

@@ -28,28 +28,38 @@ type Image struct {
 	VMDK string // the same disk, monolithicSparse
 }
 
+// Tools makes the disk of tools that a guest can have beside its own, or finds it
+// made; see tools.sh. It returns its path: read only, copy it.
+func Tools(ctx context.Context) (string, error) { return build(ctx, "tools.sh", "tools.raw") }
+
 // Build makes the image, or finds it made. It needs root's tools and a few
 // Debian packages; the error names those that are missing.
 func Build(ctx context.Context) (Image, error) {
+	raw, err := build(ctx, "build.sh", "guest.raw")
+	return Image{Raw: raw, VMDK: strings.TrimSuffix(raw, ".raw") + ".vmdk"}, err
+}
+
+// build runs a script of this folder, and returns the path of what it makes.
+func build(ctx context.Context, script, made string) (string, error) {
 	dir, err := os.Getwd()
 	for err == nil {
 		if _, serr := os.Stat(filepath.Join(dir, "go.mod")); serr == nil {
 			break
 		}
 		if dir == filepath.Dir(dir) {
-			return Image{}, errors.New("guest image: no go.mod above the working folder")
+			return "", errors.New("guest image: no go.mod above the working folder")
 		}
 		dir = filepath.Dir(dir)
 	}
 	if err != nil {
-		return Image{}, fmt.Errorf("guest image: %w", err)
+		return "", fmt.Errorf("guest image: %w", err)
 	}
 	out := filepath.Join(dir, "test", "guest", "out")
-	said, err := exec.CommandContext(ctx, filepath.Join(dir, "test", "guest", "build.sh"), out).CombinedOutput()
+	said, err := exec.CommandContext(ctx, filepath.Join(dir, "test", "guest", script), out).CombinedOutput()
 	if err != nil {
-		return Image{}, fmt.Errorf("guest image: %w\n%s", err, said)
+		return "", fmt.Errorf("guest image: %w\n%s", err, said)
 	}
-	return Image{Raw: filepath.Join(out, "guest.raw"), VMDK: filepath.Join(out, "guest.vmdk")}, nil
+	return filepath.Join(out, made), nil
 }
 
 // An Agent is the program on the guest's console. One command runs at a time.
