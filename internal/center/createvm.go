@@ -125,7 +125,7 @@ func (c *Center) planCreate(ctx context.Context, p Principal, spec CreateVMSpec)
 		vm.MigrateEncryption = inventory.MigrateOpportunistic
 	}
 	for _, d := range spec.Disks {
-		vm.Disks = append(vm.Disks, inventory.Disk{UUID: uuid.NewString(), CapacityBytes: d.CapacityBytes, Controller: d.Controller, Profile: d.Profile})
+		vm.Disks = append(vm.Disks, inventory.Disk{UUID: uuid.NewString(), CapacityBytes: d.CapacityBytes, Controller: d.Controller, Thick: d.Thick, Profile: d.Profile})
 	}
 	if vm.Ref, err = c.inv.NextRef(ctx, "vm"); err != nil {
 		return fail(err)
@@ -548,7 +548,7 @@ func (c *Center) createRequest(run *task.Run, data *createData) (*hostapi.Create
 	r := &hostapi.CreateVMRequest{Header: c.header(run.Operation()), Uuid: vm.UUID, Name: vm.Name, Datastore: datastore, Folder: data.Dir,
 		Hardware: wireHardware(vm.Hardware), HomeKey: wireKeyID(vm.KeyID)}
 	for _, d := range vm.Disks {
-		r.Disks = append(r.Disks, &hostapi.NewDisk{Uuid: d.UUID, CapacityBytes: d.CapacityBytes, Controller: d.Controller, KeyId: wireKeyID(d.KeyID)})
+		r.Disks = append(r.Disks, &hostapi.NewDisk{Uuid: d.UUID, CapacityBytes: d.CapacityBytes, Controller: d.Controller, Thick: d.Thick, KeyId: wireKeyID(d.KeyID)})
 	}
 	return r, nil
 }

@@ -162,7 +162,7 @@ func (c *Center) planDisks(ctx context.Context, p Principal, vm *inventory.VM, s
 			if err != nil {
 				return err
 			}
-			disk := inventory.Disk{UUID: uuid.NewString(), CapacityBytes: change.CapacityBytes, Controller: change.Controller}
+			disk := inventory.Disk{UUID: uuid.NewString(), CapacityBytes: change.CapacityBytes, Controller: change.Controller, Thick: change.Thick}
 			if change.Profile != nil {
 				disk.Profile = *change.Profile
 			} else if slot != "" {

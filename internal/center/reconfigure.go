@@ -256,7 +256,7 @@ func (c *Center) callReconfigure(ctx context.Context, run *task.Run, vm *invento
 		r.Hardware = wireHardware(*data.Hardware)
 	}
 	for i, d := range data.Add {
-		n := &hostapi.NewDisk{Uuid: d.UUID, CapacityBytes: d.CapacityBytes, Controller: d.Controller}
+		n := &hostapi.NewDisk{Uuid: d.UUID, CapacityBytes: d.CapacityBytes, Controller: d.Controller, Thick: d.Thick}
 		if slot := data.AddSlots[i]; slot != "" {
 			n.KeyId = wireKeyID(data.Crypto.Keys.id(slot))
 		}

@@ -62,6 +62,7 @@ type HardwareSpec struct {
 type NewDiskSpec struct {
 	CapacityBytes int64      `json:"capacityBytes"`
 	Controller    string     `json:"controller,omitempty"` // "scsi0:0"; empty: the next free place
+	Thick         bool       `json:"thick,omitempty"`      // all of its space is allocated, and stays so
 	Profile       policy.ID  `json:"profile,omitempty"`
 	Crypto        CryptoSpec `json:"crypto,omitzero"`
 }
@@ -112,7 +113,8 @@ type DiskChange struct {
 	Key           int32      `json:"key,omitempty"`
 	CapacityBytes int64      `json:"capacityBytes,omitempty"`
 	Controller    string     `json:"controller,omitempty"`
-	Path          string     `json:"path,omitempty"` // "[ds] a/a.vmdk", of an existing disk to attach
+	Thick         bool       `json:"thick,omitempty"` // of a new disk
+	Path          string     `json:"path,omitempty"`  // "[ds] a/a.vmdk", of an existing disk to attach
 	Destroy       bool       `json:"destroy,omitempty"`
 	Profile       *policy.ID `json:"profile,omitempty"`
 	Crypto        CryptoSpec `json:"crypto,omitzero"`

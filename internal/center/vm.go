@@ -190,7 +190,7 @@ func takeInfo(vm *inventory.VM, info *hostapi.VMInfo) {
 			disk = old[i]
 		}
 		disk.Key, disk.Controller, disk.Path, disk.Cipher, disk.Problem = d.Key, d.Controller, d.Path, d.Cipher, d.Problem
-		disk.CapacityBytes, disk.AllocatedBytes = d.CapacityBytes, d.AllocatedBytes
+		disk.CapacityBytes, disk.AllocatedBytes, disk.Thick = d.CapacityBytes, d.AllocatedBytes, d.Thick
 		if disk.Converting == nil {
 			disk.Epoch = max(disk.Epoch, d.Epoch)
 		} else if d.Conversion != "" {

@@ -73,6 +73,7 @@ type diskFlags struct {
 	vm        string
 	encrypted bool
 	epoch     uint64
+	thick     bool // of a disk that is made
 }
 
 func (d *diskFlags) bind(f *pflag.FlagSet) {
@@ -171,8 +172,9 @@ func diskCreate(g *globals) *cobra.Command {
 	cmd := &cobra.Command{
 		Use:   "create DISK.vmdk --size SIZE",
 		Short: "Make an empty disk",
-		Long: `Makes a thin disk: DISK.vmdk and its extent DISK-flat.vmdk, encrypted under a new data
-key (XTS-AES-256), which the KEK wraps; or in clear with --plain.
+		Long: `Makes a disk: DISK.vmdk and its extent DISK-flat.vmdk, encrypted under a new data key
+(XTS-AES-256), which the KEK wraps; or in clear with --plain. It is thin: it takes space
+as it is written to. With --thick all of its space is allocated now and stays so.
 
 The disk belongs to a VM, whose UUID its key safe is bound to: --vm, or a random one,
 which the descriptor records as ddb.mortise.vm. Give --vm with the VM's own UUID if it
@@ -200,6 +202,7 @@ JSON: as mortise disk info.`,
 	f := cmd.Flags()
 	f.StringVar(&size, "size", "", "size of the disk: 512M, 20G, 1T")
 	f.BoolVar(&plain, "plain", false, "in clear: a flat VMDK that any program opens")
+	f.BoolVar(&d.thick, "thick", false, "allocate all of its space now, and keep it allocated")
 	d.bind(f)
 	d.keys.bindNew(f, false)
 	return cmd
@@ -217,7 +220,7 @@ func (d *diskFlags) create(ctx context.Context, path string, size int64, plain b
 	if err != nil {
 		return err
 	}
-	spec := vdisk.Spec{Size: size, VM: vm, Adapter: adapter}
+	spec := vdisk.Spec{Size: size, VM: vm, Adapter: adapter, Thick: d.thick}
 	keyed := len(d.keys.Files) > 0 || len(d.keys.KMIP) > 0 || d.keys.KeyID != ""
 	switch {
 	case plain && keyed:
@@ -247,6 +250,7 @@ type diskState struct {
 	VM         string          `json:"vm,omitempty"`
 	Size       int64           `json:"size"`
 	Allocated  int64           `json:"allocated"`
+	Thick      bool            `json:"thick"`
 	Encrypted  bool            `json:"encrypted"`
 	Cipher     string          `json:"cipher,omitempty"`
 	Epoch      uint64          `json:"epoch,omitempty"`
@@ -270,7 +274,7 @@ func keyRefs(ids []keysafe.KeyID) []keyRef {
 }
 
 func newDiskState(i vdisk.Info) diskState {
-	d := diskState{Path: i.Path, Extent: i.Extent, UUID: i.UUID.String(), Size: i.Size, Allocated: i.Allocated,
+	d := diskState{Path: i.Path, Extent: i.Extent, UUID: i.UUID.String(), Size: i.Size, Allocated: i.Allocated, Thick: i.Thick,
 		Encrypted: i.Encrypted, Cipher: i.Cipher, Epoch: i.Epoch, Keys: keyRefs(i.Keys)}
 	if i.VM != uuid.Nil {
 		d.VM = i.VM.String()
@@ -288,9 +292,9 @@ func diskInfo(g *globals) *cobra.Command {
 		Long: `Reads a disk's small files and says what they say. No key is needed, and nothing is
 proven: mortise disk check does that. The disk may be in use.
 
-JSON: {"path", "extent", "uuid", "vm", "size", "allocated", "encrypted", "cipher",
-"epoch", "keys": [{"provider", "key"}], "conversion": {"kind", "back", "boundary",
-"targetKeys"}}.`,
+JSON: {"path", "extent", "uuid", "vm", "size", "allocated", "thick", "encrypted",
+"cipher", "epoch", "keys": [{"provider", "key"}], "conversion": {"kind", "back",
+"boundary", "targetKeys"}}.`,
 		Example: "  mortise disk info vm1.vmdk --json",
 		Args:    needs("DISK.vmdk"),
 		RunE: func(cmd *cobra.Command, args []string) error {
@@ -313,7 +317,11 @@ func (s *streams) diskInfo(path, done string) error {
 	if s.json {
 		return s.printJSON(newDiskState(i))
 	}
-	s.say("%s%s: %s, %s on storage", done, clean(path), size(i.Size), size(i.Allocated))
+	thick := ""
+	if i.Thick {
+		thick = ", thick"
+	}
+	s.say("%s%s: %s, %s on storage%s", done, clean(path), size(i.Size), size(i.Allocated), thick)
 	if path != named {
 		s.say("  top         of what stands on %s", clean(named))
 	}

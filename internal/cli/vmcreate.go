@@ -56,6 +56,7 @@ type machineNIC struct {
 type machineDisk struct {
 	place    place
 	capacity int64 // bytes
+	thick    bool
 }
 
 // A place is where a disk is attached: "scsi0:1".
@@ -239,7 +240,7 @@ func (m *machine) spec() types.VirtualMachineConfigSpec {
 		add(&types.VirtualDisk{
 			VirtualDevice: types.VirtualDevice{
 				Key: -int32(i + 1), ControllerKey: key, UnitNumber: &d.place.unit,
-				Backing: &types.VirtualDiskFlatVer2BackingInfo{DiskMode: string(types.VirtualDiskModePersistent), ThinProvisioned: types.NewBool(true)},
+				Backing: &types.VirtualDiskFlatVer2BackingInfo{DiskMode: string(types.VirtualDiskModePersistent), ThinProvisioned: types.NewBool(!d.thick)},
 			},
 			CapacityInBytes: d.capacity, CapacityInKB: d.capacity >> 10,
 		}, types.VirtualDeviceConfigSpecFileOperationCreate)
@@ -291,7 +292,7 @@ func (n machineNIC) device(key int32) types.BaseVirtualDevice {
 func vmCreate(g *globals) *cobra.Command {
 	var n newVMFlags
 	var disks []string
-	var detach bool
+	var thick, detach bool
 	cmd := &cobra.Command{
 		Use:   "create NAME",
 		Short: "Make a new VM with empty disks",
@@ -310,7 +311,7 @@ JSON: the task as of mortise task watch; "result" is the VM.`,
 				if err != nil {
 					return fmt.Errorf("--disk: %w", err)
 				}
-				m.disks = append(m.disks, machineDisk{nextPlace(i), capacity})
+				m.disks = append(m.disks, machineDisk{nextPlace(i), capacity, thick})
 			}
 			if err := n.apply(&m); err != nil {
 				return err
@@ -324,5 +325,6 @@ JSON: the task as of mortise task watch; "result" is the VM.`,
 	}
 	n.bind(cmd)
 	cmd.Flags().StringSliceVar(&disks, "disk", nil, "size of a disk, e.g. 20G; once for each")
+	cmd.Flags().BoolVar(&thick, "thick", false, "allocate all of the disks' space now, and keep it allocated (default: thin)")
 	return detachFlag(cmd, &detach)
 }

@@ -70,6 +70,7 @@ type diskJSON struct {
 	Path           string     `json:"path"`
 	CapacityBytes  int64      `json:"capacityBytes"`
 	AllocatedBytes int64      `json:"allocatedBytes"`
+	Thick          bool       `json:"thick"`
 	Cipher         string     `json:"cipher,omitempty"`
 	Problem        string     `json:"problem,omitempty"`
 	Crypto         cryptoJSON `json:"crypto"`
@@ -91,8 +92,8 @@ JSON: {"vm" (reference), "name", "uuid", "power", "pausedOnError", "problem", "h
 "mac"}], "cryptoState" (unlocked, locked; none in clear), "lockedReason", "missingKeys":
 [{"provider", "key"}], "migrateEncryption", "snapshots" (how many), "currentSnapshot"
 (its name), "consolidationNeeded", "files": CRYPTO, "disks": [{"disk", "deviceKey",
-"uuid", "path", "capacityBytes", "allocatedBytes", "cipher", "problem", "crypto":
-CRYPTO}]}, where CRYPTO is {"encrypted", "policy", "provider", "key",
+"uuid", "path", "capacityBytes", "allocatedBytes", "thick", "cipher", "problem",
+"crypto": CRYPTO}]}, where CRYPTO is {"encrypted", "policy", "provider", "key",
 "keyState", "keyProblem", "epoch", "converting": {"kind", "boundaryBytes", "target"}}.`,
 		Example: `  mortise vm info web1
   mortise vm info web1 --json | jq -r .files.key`,
@@ -137,7 +138,7 @@ func (c *client) vmInfo(ctx context.Context, name string, keyState bool) (*vmInf
 		disk := &d.Disks[i]
 		info.Disks = append(info.Disks, diskJSON{
 			Disk: cmp.Or(disk.Controller, fmt.Sprint(disk.Key)), DeviceKey: disk.Key, UUID: disk.UUID, Path: disk.Path, CapacityBytes: disk.CapacityBytes,
-			AllocatedBytes: disk.AllocatedBytes, Cipher: disk.Cipher, Problem: disk.Problem, Crypto: newCryptoJSON(&disk.Crypto),
+			AllocatedBytes: disk.AllocatedBytes, Thick: disk.Thick, Cipher: disk.Cipher, Problem: disk.Problem, Crypto: newCryptoJSON(&disk.Crypto),
 		})
 	}
 	return info, c.addHardware(ctx, ref, info)
@@ -231,7 +232,11 @@ func (c *client) printInfo(i *vmInfoJSON) error {
 	for _, d := range i.Disks {
 		fmt.Fprintln(c.out)
 		line("disk", "%s  (key %d)", d.Disk, d.DeviceKey)
-		line("  size", "%s, %s allocated", size(d.CapacityBytes), size(d.AllocatedBytes))
+		thick := ""
+		if d.Thick {
+			thick = ", thick"
+		}
+		line("  size", "%s, %s allocated%s", size(d.CapacityBytes), size(d.AllocatedBytes), thick)
 		line("  path", "%s", d.Path)
 		line("  PROBLEM", "%s", d.Problem)
 		text := d.Crypto.text()

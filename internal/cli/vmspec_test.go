@@ -91,7 +91,7 @@ func TestConversionSpec(t *testing.T) {
 }
 
 func TestMachineSpec(t *testing.T) {
-	m := machine{name: "a", disks: []machineDisk{{place{"scsi", 1, 2}, 1 << 30}, {place{"scsi", 1, 3}, 512}, {place{"nvme", 0, 0}, 512}}, nics: []machineNIC{{"net", "00:50:56:00:00:01", "e1000e"}, {"net", "", ""}}}
+	m := machine{name: "a", disks: []machineDisk{{place{"scsi", 1, 2}, 1 << 30, false}, {place{"scsi", 1, 3}, 512, true}, {place{"nvme", 0, 0}, 512, false}}, nics: []machineNIC{{"net", "00:50:56:00:00:01", "e1000e"}, {"net", "", ""}}}
 	spec := m.spec()
 	var got []string
 	controllers := map[int32]bool{}
@@ -108,12 +108,16 @@ func TestMachineSpec(t *testing.T) {
 			if !controllers[dev.ControllerKey] || d.FileOperation != types.VirtualDeviceConfigSpecFileOperationCreate {
 				t.Errorf("disk at controller %d, file %q", dev.ControllerKey, d.FileOperation)
 			}
-			got = append(got, diskName(dev))
+			name := diskName(dev)
+			if !*dev.Backing.(*types.VirtualDiskFlatVer2BackingInfo).ThinProvisioned {
+				name += " thick"
+			}
+			got = append(got, name)
 		case types.BaseVirtualEthernetCard:
 			got = append(got, "card "+dev.GetVirtualEthernetCard().MacAddress)
 		}
 	}
-	if s := strings.Join(got, ", "); s != "controller, scsi1:2, scsi1:3, controller, nvme0:0, card 00:50:56:00:00:01, card " {
+	if s := strings.Join(got, ", "); s != "controller, scsi1:2, scsi1:3 thick, controller, nvme0:0, card 00:50:56:00:00:01, card " {
 		t.Error(s)
 	}
 }

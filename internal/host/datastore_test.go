@@ -9,7 +9,10 @@ import (
 	"strings"
 	"testing"
 
+	"github.com/google/uuid"
+
 	"mortise/internal/hostapi"
+	"mortise/internal/vdisk"
 )
 
 func TestDatastoreResolve(t *testing.T) {
@@ -85,11 +88,35 @@ func TestUnsafeStorage(t *testing.T) {
 		t.Fatal(err)
 	}
 	a := &Agent{cfg: Config{Datastores: []Datastore{d}}, log: slog.New(slog.DiscardHandler)}
-	if err := a.storageFor(t.Context(), "ds1", []*hostapi.NewDisk{{CapacityBytes: 1 << 30}}); err != nil {
+	if err := a.storageFor(t.Context(), "ds1", d.Path, []*hostapi.NewDisk{{CapacityBytes: 1 << 30}}); err != nil {
 		t.Errorf("good storage: %v", err)
 	}
-	if err := a.storageFor(t.Context(), "ds1", []*hostapi.NewDisk{{CapacityBytes: 1 << 62}}); err == nil || !strings.Contains(err.Error(), "smaller") {
+	if err := a.storageFor(t.Context(), "ds1", d.Path, []*hostapi.NewDisk{{CapacityBytes: 1 << 62}}); err == nil || !strings.Contains(err.Error(), "smaller") {
 		t.Errorf("a disk that cannot be: %v", err)
+	}
+	thick := func(sizes ...int64) (disks []*hostapi.NewDisk) {
+		for _, n := range sizes {
+			disks = append(disks, &hostapi.NewDisk{Uuid: uuid.NewString(), CapacityBytes: n, Thick: true})
+		}
+		return disks
+	}
+	if err := a.storageFor(t.Context(), "ds1", filepath.Join(d.Path, "web1"), thick(1<<20, 1<<20)); err != nil {
+		t.Errorf("thick disks that fit: %v", err)
+	}
+	half := d.info().FreeBytes/2 + 1<<30
+	var fault *hostapi.FaultError
+	if err := a.storageFor(t.Context(), "ds1", d.Path, thick(half, half)); !errors.As(err, &fault) || fault.Fault.Kind != hostapi.Fault_NO_SPACE || !strings.Contains(err.Error(), "thin") {
+		t.Errorf("thick disks that do not fit: %v", err)
+	}
+	there := thick(half, half)
+	for _, n := range there { // as an earlier call made them, which a test leaves thin
+		path := filepath.Join(d.Path, n.Uuid+".vmdk")
+		if err := vdisk.Create(t.Context(), path, vdisk.Spec{Size: half / 512 * 512, UUID: uuid.MustParse(n.Uuid)}); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if err := a.storageFor(t.Context(), "ds1", d.Path, there); err != nil {
+		t.Errorf("thick disks that are there: %v", err)
 	}
 	if out, err := exec.Command("mount", "-t", "tmpfs", "none", d.Path).CombinedOutput(); err != nil {
 		t.Skipf("mount: %s", out)
@@ -105,7 +132,7 @@ func TestUnsafeStorage(t *testing.T) {
 		t.Fatal(err)
 	}
 	// Other storage is mounted there now: what was found out before does not count.
-	if err := a.storageFor(t.Context(), "ds1", nil); err == nil || !strings.Contains(err.Error(), "in memory") {
+	if err := a.storageFor(t.Context(), "ds1", d.Path, nil); err == nil || !strings.Contains(err.Error(), "in memory") {
 		t.Errorf("storage that was exchanged: %v", err)
 	}
 	if _, err := d.resolve("web1/web1.vmx"); err != nil {

@@ -156,7 +156,7 @@ func (s *Server) reconfigure(r *hostapi.ReconfigureVMRequest, stream hostapi.Hos
 		}
 	}
 	if len(r.AddDisks) > 0 {
-		if err := s.agent.storageFor(stream.Context(), r.Ref.Datastore, r.AddDisks); err != nil {
+		if err := s.agent.storageFor(stream.Context(), r.Ref.Datastore, filepath.Dir(path), r.AddDisks); err != nil {
 			return nil, err
 		}
 	}

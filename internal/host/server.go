@@ -97,7 +97,7 @@ func (s *Server) CreateVM(ctx context.Context, r *hostapi.CreateVMRequest) (*hos
 	if err := m.mustBeOff("create"); err != nil {
 		return nil, err
 	}
-	if err := s.agent.storageFor(ctx, r.Datastore, r.Disks); err != nil {
+	if err := s.agent.storageFor(ctx, r.Datastore, filepath.Dir(path), r.Disks); err != nil {
 		return nil, err
 	}
 	if err := makeFolder(filepath.Dir(path)); err != nil {
@@ -222,7 +222,7 @@ func (s *Server) PowerOn(ctx context.Context, r *hostapi.PowerRequest) (*hostapi
 		return nil, err
 	}
 	defer end()
-	if err := s.agent.storageFor(ctx, r.Ref.GetDatastore(), nil); err != nil {
+	if err := s.agent.storageFor(ctx, r.Ref.GetDatastore(), "", nil); err != nil {
 		return nil, err
 	}
 	if err := m.powerOn(ctx, path); err != nil {

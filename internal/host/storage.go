@@ -2,12 +2,16 @@ package host
 
 import (
 	"context"
+	"errors"
 	"fmt"
+	"io/fs"
+	"slices"
 	"sync"
 	"time"
 
 	"mortise/internal/hostapi"
 	"mortise/internal/storage"
+	"mortise/internal/vdisk"
 )
 
 // probeLimit is how long a datastore's storage may take to answer.
@@ -39,9 +43,10 @@ func (c *storageChecks) of(path string) *storageCheck {
 }
 
 // storageFor returns an error unless the storage of a datastore may hold disks (E5),
-// and new ones of these sizes. It is asked before a disk is made there and before a
-// guest is started, and not before one is stopped: it can be moved away.
-func (a *Agent) storageFor(ctx context.Context, name string, disks []*hostapi.NewDisk) error {
+// and new ones of these sizes in a VM's folder. It is asked before a disk is made
+// there and before a guest is started, and not before one is stopped: it can be moved
+// away.
+func (a *Agent) storageFor(ctx context.Context, name, folder string, disks []*hostapi.NewDisk) error {
 	d, err := a.datastore(name)
 	if err != nil {
 		return err
@@ -56,6 +61,33 @@ func (a *Agent) storageFor(ctx context.Context, name string, disks []*hostapi.Ne
 	for _, disk := range disks {
 		if disk.CapacityBytes > report.MaxFile {
 			return hostapi.Faultf(hostapi.Fault_NOT_SUPPORTED, "a disk of %d bytes: files of datastore %s (%s) have at most %d: make it smaller, or choose a datastore on XFS", disk.CapacityBytes, name, report.Type, report.MaxFile)
+		}
+	}
+	return spaceFor(d, report, folder, disks)
+}
+
+// spaceFor refuses thick disks for which there is no space, before anything is made.
+// Those that an earlier call made have theirs.
+func spaceFor(d Datastore, report *storage.Report, folder string, disks []*hostapi.NewDisk) error {
+	disks = slices.DeleteFunc(slices.Clone(disks), func(n *hostapi.NewDisk) bool { return !n.Thick })
+	if len(disks) == 0 {
+		return nil
+	}
+	if !report.Reserve {
+		return hostapi.Faultf(hostapi.Fault_NOT_SUPPORTED, "datastore %s (%s) cannot reserve the space of a thick disk: make it thin, or choose a datastore on ext4, XFS or NFS 4.2", d.Name, report.Type)
+	}
+	made, err := vdisk.DescribeFolder(folder)
+	if err != nil && !errors.Is(err, fs.ErrNotExist) {
+		return fmt.Errorf("datastore %s: %w", d.Name, err)
+	}
+	free := d.info().FreeBytes
+	left := free
+	for _, n := range disks {
+		if slices.ContainsFunc(made, func(i vdisk.Info) bool { return i.UUID.String() == n.Uuid }) {
+			continue
+		}
+		if left -= n.CapacityBytes; left < 0 {
+			return hostapi.Faultf(hostapi.Fault_NO_SPACE, "datastore %s has %d bytes free, and the thick disks take more: free space, choose another datastore, or make them thin", d.Name, free)
 		}
 	}
 	return nil

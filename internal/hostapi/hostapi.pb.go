@@ -1870,7 +1870,8 @@ type DiskInfo struct {
 	BoundaryBytes  int64                  `protobuf:"varint,12,opt,name=boundary_bytes,json=boundaryBytes,proto3" json:"boundary_bytes,omitempty"` // of a conversion
 	TargetKeyId    *KeyID                 `protobuf:"bytes,13,opt,name=target_key_id,json=targetKeyId,proto3" json:"target_key_id,omitempty"`      // of a conversion
 	Problem        string                 `protobuf:"bytes,14,opt,name=problem,proto3" json:"problem,omitempty"`
-	Back           bool                   `protobuf:"varint,15,opt,name=back,proto3" json:"back,omitempty"` // the conversion runs back
+	Back           bool                   `protobuf:"varint,15,opt,name=back,proto3" json:"back,omitempty"`   // the conversion runs back
+	Thick          bool                   `protobuf:"varint,16,opt,name=thick,proto3" json:"thick,omitempty"` // all of its space is allocated, and stays so
 	unknownFields  protoimpl.UnknownFields
 	sizeCache      protoimpl.SizeCache
 }
@@ -2006,6 +2007,13 @@ func (x *DiskInfo) GetProblem() string {
 func (x *DiskInfo) GetBack() bool {
 	if x != nil {
 		return x.Back
+	}
+	return false
+}
+
+func (x *DiskInfo) GetThick() bool {
+	if x != nil {
+		return x.Thick
 	}
 	return false
 }
@@ -2448,6 +2456,7 @@ type NewDisk struct {
 	CapacityBytes int64                  `protobuf:"varint,2,opt,name=capacity_bytes,json=capacityBytes,proto3" json:"capacity_bytes,omitempty"`
 	Controller    string                 `protobuf:"bytes,3,opt,name=controller,proto3" json:"controller,omitempty"`    // "scsi0:0"; empty: the next free place
 	KeyId         *KeyID                 `protobuf:"bytes,4,opt,name=key_id,json=keyId,proto3" json:"key_id,omitempty"` // unset: in clear
+	Thick         bool                   `protobuf:"varint,5,opt,name=thick,proto3" json:"thick,omitempty"`             // all of its space is allocated, and stays so
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -2508,6 +2517,13 @@ func (x *NewDisk) GetKeyId() *KeyID {
 		return x.KeyId
 	}
 	return nil
+}
+
+func (x *NewDisk) GetThick() bool {
+	if x != nil {
+		return x.Thick
+	}
+	return false
 }
 
 type InspectVMRequest struct {
@@ -4474,7 +4490,7 @@ const file_internal_hostapi_hostapi_proto_rawDesc = "" +
 	"\x03key\x18\x01 \x01(\x05R\x03key\x12\x18\n" +
 	"\anetwork\x18\x02 \x01(\tR\anetwork\x12\x10\n" +
 	"\x03mac\x18\x03 \x01(\tR\x03mac\x12\x14\n" +
-	"\x05model\x18\x04 \x01(\tR\x05model\"\xe0\x03\n" +
+	"\x05model\x18\x04 \x01(\tR\x05model\"\xf6\x03\n" +
 	"\bDiskInfo\x12\x12\n" +
 	"\x04uuid\x18\x01 \x01(\tR\x04uuid\x12\x10\n" +
 	"\x03key\x18\x02 \x01(\x05R\x03key\x12\x12\n" +
@@ -4495,7 +4511,8 @@ const file_internal_hostapi_hostapi_proto_rawDesc = "" +
 	"\x0eboundary_bytes\x18\f \x01(\x03R\rboundaryBytes\x12:\n" +
 	"\rtarget_key_id\x18\r \x01(\v2\x16.mortise.host.v1.KeyIDR\vtargetKeyId\x12\x18\n" +
 	"\aproblem\x18\x0e \x01(\tR\aproblem\x12\x12\n" +
-	"\x04back\x18\x0f \x01(\bR\x04back\"l\n" +
+	"\x04back\x18\x0f \x01(\bR\x04back\x12\x14\n" +
+	"\x05thick\x18\x10 \x01(\bR\x05thick\"l\n" +
 	"\x0fPushKeysRequest\x12/\n" +
 	"\x06header\x18\x01 \x01(\v2\x17.mortise.host.v1.HeaderR\x06header\x12(\n" +
 	"\x04keys\x18\x02 \x03(\v2\x14.mortise.host.v1.KEKR\x04keys\"\x0f\n" +
@@ -4523,14 +4540,15 @@ const file_internal_hostapi_hostapi_proto_rawDesc = "" +
 	"\x06folder\x18\x05 \x01(\tR\x06folder\x125\n" +
 	"\bhardware\x18\x06 \x01(\v2\x19.mortise.host.v1.HardwareR\bhardware\x12.\n" +
 	"\x05disks\x18\a \x03(\v2\x18.mortise.host.v1.NewDiskR\x05disks\x121\n" +
-	"\bhome_key\x18\b \x01(\v2\x16.mortise.host.v1.KeyIDR\ahomeKey\"\x93\x01\n" +
+	"\bhome_key\x18\b \x01(\v2\x16.mortise.host.v1.KeyIDR\ahomeKey\"\xa9\x01\n" +
 	"\aNewDisk\x12\x12\n" +
 	"\x04uuid\x18\x01 \x01(\tR\x04uuid\x12%\n" +
 	"\x0ecapacity_bytes\x18\x02 \x01(\x03R\rcapacityBytes\x12\x1e\n" +
 	"\n" +
 	"controller\x18\x03 \x01(\tR\n" +
 	"controller\x12-\n" +
-	"\x06key_id\x18\x04 \x01(\v2\x16.mortise.host.v1.KeyIDR\x05keyId\"<\n" +
+	"\x06key_id\x18\x04 \x01(\v2\x16.mortise.host.v1.KeyIDR\x05keyId\x12\x14\n" +
+	"\x05thick\x18\x05 \x01(\bR\x05thick\"<\n" +
 	"\x10InspectVMRequest\x12(\n" +
 	"\x03ref\x18\x01 \x01(\v2\x16.mortise.host.v1.VMRefR\x03ref\"F\n" +
 	"\x12InspectDiskRequest\x12\x1c\n" +

@@ -212,6 +212,7 @@ type Disk struct {
 	Path           string      `json:"path"`       // of the descriptor in the datastore
 	CapacityBytes  int64       `json:"capacityBytes"`
 	AllocatedBytes int64       `json:"allocatedBytes"`
+	Thick          bool        `json:"thick,omitempty"` // all of its space is allocated, and stays so
 	Encrypted      bool        `json:"encrypted"`
 	KeyID          *KeyID      `json:"keyId,omitempty"`
 	Epoch          uint64      `json:"epoch,omitempty"`

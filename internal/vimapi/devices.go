@@ -147,7 +147,7 @@ func (r *reader) disk(vm *inventory.VM, d *inventory.Disk, p place, n int) types
 			Key: d.Key, ControllerKey: p.controllerKey(), UnitNumber: ptr(p.unit), DeviceInfo: label("Hard disk "+strconv.Itoa(n+1), summary),
 			Backing: &types.VirtualDiskFlatVer2BackingInfo{
 				VirtualDeviceFileBackingInfo: types.VirtualDeviceFileBackingInfo{FileName: r.onDatastore(vm.Datastore, d.Path), Datastore: reference(vm.Datastore)},
-				DiskMode:                     string(types.VirtualDiskModePersistent), Split: ptr(false), WriteThrough: ptr(false), ThinProvisioned: ptr(true),
+				DiskMode:                     string(types.VirtualDiskModePersistent), Split: ptr(false), WriteThrough: ptr(false), ThinProvisioned: ptr(!d.Thick), EagerlyScrub: ptr(false),
 				Uuid: d.UUID, KeyId: optionalKeyID(d.KeyID), Sharing: "sharingNone",
 			},
 		},

@@ -145,7 +145,7 @@ func (d *detailer) vm(vm *inventory.VM) vimext.VMDetail {
 		k := &vm.Disks[i]
 		out.Disks = append(out.Disks, vimext.DiskDetail{
 			Key: k.Key, UUID: k.UUID, Controller: k.Controller, Path: d.r.onDatastore(vm.Datastore, k.Path), CapacityBytes: k.CapacityBytes,
-			AllocatedBytes: k.AllocatedBytes, Cipher: k.Cipher, Crypto: d.crypto(k.Encrypted, k.KeyID, k.Epoch, k.Profile, k.Converting), Problem: k.Problem,
+			AllocatedBytes: k.AllocatedBytes, Thick: k.Thick, Cipher: k.Cipher, Crypto: d.crypto(k.Encrypted, k.KeyID, k.Epoch, k.Profile, k.Converting), Problem: k.Problem,
 		})
 	}
 	return out

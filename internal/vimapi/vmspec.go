@@ -217,6 +217,20 @@ func capacity(dev *types.VirtualDisk) (int64, error) {
 	return dev.CapacityInKB << 10, nil
 }
 
+// thick says whether a new disk is to have all of its space from the beginning: a
+// spec that says nothing means a thin one.
+func thick(dev *types.VirtualDisk) (bool, error) {
+	b, ok := dev.Backing.(*types.VirtualDiskFlatVer2BackingInfo)
+	if !ok {
+		return false, nil
+	}
+	set := func(v *bool) bool { return v != nil && *v }
+	if set(b.ThinProvisioned) && set(b.EagerlyScrub) {
+		return false, fault(&types.InvalidDeviceBacking{}, "disk %d cannot be thinProvisioned and eagerlyScrub: a thin disk has no space to scrub; give one of them", dev.Key)
+	}
+	return b.ThinProvisioned != nil && !*b.ThinProvisioned || set(b.EagerlyScrub), nil
+}
+
 // backingFile is the path in a disk's backing.
 func backingFile(dev *types.VirtualDisk) string {
 	if b, ok := dev.Backing.(types.BaseVirtualDeviceFileBackingInfo); ok {
@@ -349,6 +363,9 @@ func (c *call) createSpec(q *types.CreateVM_Task) (center.CreateVMSpec, error) {
 		if n.Controller, err = devices.place(d.disk); err != nil {
 			return spec, err
 		}
+		if n.Thick, err = thick(d.disk); err != nil {
+			return spec, err
+		}
 		if d.profile != nil {
 			n.Profile = *d.profile
 		}
@@ -396,9 +413,12 @@ func (devices *deviceSpecs) diskChange(vm *inventory.VM, d diskSpec) (center.Dis
 	switch d.spec.Operation {
 	case types.VirtualDeviceConfigSpecOperationAdd:
 		n.Op, n.Key = center.DiskAdd, 0
-		n.Controller, err = devices.place(d.disk)
+		if n.Controller, err = devices.place(d.disk); err != nil {
+			return n, err
+		}
 		if d.spec.FileOperation == types.VirtualDeviceConfigSpecFileOperationCreate {
 			n.CapacityBytes = size
+			n.Thick, err = thick(d.disk)
 		} else {
 			n.Path = backingFile(d.disk)
 		}

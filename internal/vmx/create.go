@@ -113,7 +113,7 @@ func (v *vm) addDisk(ctx context.Context, f *vmxfile.File, b *keysafe.Bundle, d 
 	if err != nil {
 		return err
 	}
-	spec := vdisk.Spec{Size: d.CapacityBytes, UUID: id, VM: v.id, KEKs: v, Random: v.random}
+	spec := vdisk.Spec{Size: d.CapacityBytes, UUID: id, VM: v.id, KEKs: v, Random: v.random, Thick: d.Thick}
 	if d.KeyId != nil {
 		if b == nil {
 			return hostapi.Faultf(hostapi.Fault_INVALID, "disk %s cannot be encrypted while its VM is not: encrypt the VM too (E6)", d.Uuid)
@@ -134,7 +134,7 @@ func (v *vm) addDisk(ctx context.Context, f *vmxfile.File, b *keysafe.Bundle, d 
 	if err != nil {
 		return faultOf(err)
 	}
-	if info.UUID != id || info.Encrypted != (d.KeyId != nil) || info.Size != d.CapacityBytes {
+	if info.UUID != id || info.Encrypted != (d.KeyId != nil) || info.Size != d.CapacityBytes || info.Thick != d.Thick {
 		return hostapi.Faultf(hostapi.Fault_EXISTS, "%s exists and is another disk: remove it, or choose another name", path)
 	}
 	if b != nil {

@@ -84,7 +84,7 @@ func InspectDisk(path string) *hostapi.DiskInfo {
 		return d
 	}
 	d.Uuid, d.CapacityBytes, d.AllocatedBytes = info.UUID.String(), info.Size, info.Allocated
-	d.Encrypted, d.Epoch, d.Cipher = info.Encrypted, info.Epoch, info.Cipher
+	d.Encrypted, d.Epoch, d.Cipher, d.Thick = info.Encrypted, info.Epoch, info.Cipher, info.Thick
 	d.KeyId = lastKey(info.Keys)
 	if info.Conversion != vdisk.NotConverting {
 		d.Conversion, d.BoundaryBytes = info.Conversion.String(), info.Boundary

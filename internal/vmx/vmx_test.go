@@ -631,8 +631,8 @@ func TestAttachedDisks(t *testing.T) {
 
 		// A new disk, encrypted where the VM is, comes and goes.
 		id := uuid.NewString()
-		info := l.must(&hostapi.ReconfigureVMRequest{Ref: l.ref(), AddDisks: []*hostapi.NewDisk{{Uuid: id, CapacityBytes: 1 << 20, KeyId: home}}})
-		if len(info.Disks) != 2 || info.Disks[1].Encrypted != c.home {
+		info := l.must(&hostapi.ReconfigureVMRequest{Ref: l.ref(), AddDisks: []*hostapi.NewDisk{{Uuid: id, CapacityBytes: 1 << 20, KeyId: home, Thick: c.home}}})
+		if len(info.Disks) != 2 || info.Disks[1].Encrypted != c.home || info.Disks[1].Thick != c.home || info.Disks[1].AllocatedBytes >= 1<<20 != c.home {
 			t.Errorf("%s: after adding a disk: %v", c.name, info.Disks)
 		}
 		if info = l.must(&hostapi.ReconfigureVMRequest{Ref: l.ref(), RemoveDiskUuids: []string{id}, DeleteRemoved: true}); len(info.Disks) != 1 {

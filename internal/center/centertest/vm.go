@@ -51,6 +51,7 @@ type disk struct {
 	key                    int32
 	link                   int // which of its links is on top; 0: the base
 	capacity               int64
+	thick                  bool
 	content                []byte
 	sealed
 	converting string // the conversion under way
@@ -242,7 +243,7 @@ func (h *Host) addDisk(f *folder, n *hostapi.NewDisk) (err error) {
 		at++
 	}
 	name := fmt.Sprintf("%s/%s_%d.vmdk", path.Dir(f.path), path.Base(path.Dir(f.path)), at)
-	disk := &disk{uuid: n.Uuid, path: name, controller: n.Controller, key: int32(2000 + at), capacity: n.CapacityBytes}
+	disk := &disk{uuid: n.Uuid, path: name, controller: n.Controller, key: int32(2000 + at), capacity: n.CapacityBytes, thick: n.Thick}
 	if disk.controller == "" {
 		disk.controller = fmt.Sprintf("scsi0:%d", at)
 	}
@@ -274,7 +275,7 @@ func (h *Host) info(d *Datastore, f *folder) *hostapi.VMInfo {
 	f.snapshots.info(i)
 	for _, disk := range f.disks {
 		missing(disk.sealed.key)
-		x := &hostapi.DiskInfo{Uuid: disk.uuid, Key: disk.key, Path: disk.top(), Controller: disk.controller, CapacityBytes: disk.capacity, AllocatedBytes: int64(len(disk.content)),
+		x := &hostapi.DiskInfo{Uuid: disk.uuid, Key: disk.key, Path: disk.top(), Controller: disk.controller, CapacityBytes: disk.capacity, AllocatedBytes: int64(len(disk.content)), Thick: disk.thick,
 			Encrypted: disk.sealed.key != nil, KeyId: disk.sealed.key, Epoch: disk.epoch}
 		if x.Encrypted {
 			x.Cipher = "XTS-AES-256"

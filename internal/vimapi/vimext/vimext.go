@@ -71,6 +71,7 @@ type DiskDetail struct {
 	Path           string       `xml:"path"`       // "[ds] web1/web1.vmdk"
 	CapacityBytes  int64        `xml:"capacityBytes"`
 	AllocatedBytes int64        `xml:"allocatedBytes"`
+	Thick          bool         `xml:"thick,omitempty"` // all of its space is allocated, and stays so
 	Cipher         string       `xml:"cipher,omitempty"`
 	Crypto         CryptoDetail `xml:"crypto"`
 	Problem        string       `xml:"problem,omitempty"`
