@@ -34,7 +34,7 @@ bound to; the descriptor records which.`, `  mortise disk keygen -o vm1.key     
   mortise disk import old.qcow2 vm2.vmdk --key-file vm1.key     encrypt while importing
   mortise disk convert vm3.vmdk --encrypt --key-file vm1.key    encrypt in place
   mortise disk info vm1.vmdk                                    needs no key`,
-		diskKeygen(g), diskCreate(g), diskInfo(g), diskServe(g), diskConvert(g), diskSnapshot(g), diskCheck(g), diskImport(g), diskExport(g))
+		diskKeygen(g), diskCreate(g), diskInfo(g), diskServe(g), diskConvert(g), diskSnapshot(g), diskClone(g), diskCheck(g), diskImport(g), diskExport(g))
 	f := c.PersistentFlags()
 	_ = f.MarkHidden("url") // of center, which these verbs do without
 	return c
@@ -73,12 +73,14 @@ type diskFlags struct {
 	vm        string
 	encrypted bool
 	epoch     uint64
+	bases     []string
 	thick     bool // of a disk that is made
 }
 
 func (d *diskFlags) bind(f *pflag.FlagSet) {
 	d.keys.bind(f)
 	f.StringVar(&d.vm, "vm", "", "UUID of the VM that the disk belongs to (default: the one that its descriptor records)")
+	f.StringArrayVar(&d.bases, "base", nil, "of a linked clone: folder of the disk that it stands on, FOLDER or FOLDER=VM-UUID; repeatable")
 }
 
 // bindExpect adds the flags that keep who can write to storage from putting a disk
@@ -116,7 +118,10 @@ func (d *diskFlags) options(ctx context.Context, path string, ring *keyring) (o 
 	}
 	o.KEKs, o.Expect = ring, vdisk.Expect{Encrypted: d.encrypted, Epoch: d.epoch}
 	o.Live = liveFolder()
-	info, links, err := vdisk.DescribeChain(path, nil)
+	if o.Bases, err = parseBases(d.bases); err != nil {
+		return o, err
+	}
+	info, links, err := vdisk.DescribeChain(path, o.Bases)
 	if err != nil {
 		// Open says what is wrong, and with the keys more than this.
 		if _, ferr := d.keys.loadFiles(ring); ferr != nil {
@@ -125,7 +130,7 @@ func (d *diskFlags) options(ctx context.Context, path string, ring *keyring) (o 
 		return o, err
 	}
 	for _, l := range links {
-		if o.VM == uuid.Nil {
+		if o.VM == uuid.Nil && filepath.Dir(l.Path) == filepath.Dir(path) { // and not what it is a clone of
 			o.VM = l.VM
 		}
 	}
@@ -161,6 +166,9 @@ func explainDisk(err error, path string) error {
 	var e *vdisk.Error
 	if errors.As(err, &e) && errors.Is(e.Kind, vdisk.ErrInUse) && strings.Contains(e.Why, "mortise") {
 		return fmt.Errorf("%w; if that is mortise disk serve, give the verb --socket with the control socket that it named, and it works there", err)
+	}
+	if errors.As(err, &e) && errors.Is(e.Kind, vdisk.ErrParent) && strings.Contains(e.Why, "linked clone") {
+		return fmt.Errorf("%w; with mortise disk, give --base with the folder of the disk that it stands on", err)
 	}
 	return err
 }
@@ -310,7 +318,7 @@ func (s *streams) diskInfo(path, done string) error {
 	if err != nil {
 		return err
 	}
-	i, links, err := vdisk.DescribeChain(path, nil)
+	i, links, err := vdisk.DescribeChain(path, besideIt(path))
 	if err != nil {
 		return err
 	}

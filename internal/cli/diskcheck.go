@@ -7,7 +7,9 @@ import (
 	"fmt"
 	"log/slog"
 	"path/filepath"
+	"slices"
 
+	"github.com/google/uuid"
 	"github.com/spf13/cobra"
 
 	"mortise/internal/secret"
@@ -82,17 +84,25 @@ func (s *streams) checkDisk(ctx context.Context, path string, d *diskFlags, read
 	defer ring.wipe()
 	o := vdisk.CheckOptions{Read: read, Hash: hash}
 	if len(d.keys.Files) > 0 || len(d.keys.KMIP) > 0 || read || hash {
-		if o.Options, err = d.options(ctx, path, ring); err != nil && !errors.As(err, new(*vdisk.Error)) {
+		if o.Options, err = d.options(ctx, path, ring); err != nil && (!errors.As(err, new(*vdisk.Error)) || errors.Is(err, vdisk.ErrParent)) {
 			return err // a damaged disk is Check's to tell
 		}
 	}
 	v := checkedDisk{Disk: path, Whole: true, Findings: []checkFinding{}, Bad: []badRange{}}
 	links := []vdisk.Info{{Path: path}}
-	if _, all, err := vdisk.DescribeChain(path, nil); err == nil {
+	if _, all, err := vdisk.DescribeChain(path, besideIt(path)); err == nil {
 		links = all
 	}
 	for _, l := range links {
-		if err := s.checkLink(ctx, l.Path, len(links) > 1, o, &v); err != nil {
+		lo := o
+		if filepath.Dir(l.Path) != filepath.Dir(path) {
+			i := slices.IndexFunc(o.Bases, func(b vdisk.Base) bool { return b.Folder == filepath.Dir(l.Path) })
+			if i < 0 {
+				continue // another VM's, and --base does not say whose
+			}
+			lo.VM, lo.UUID, lo.Expect.Epoch = o.Bases[i].VM, uuid.Nil, 0
+		}
+		if err := s.checkLink(ctx, l.Path, len(links) > 1, lo, &v); err != nil {
 			return err
 		}
 	}

@@ -234,7 +234,7 @@ func (s *streams) sayStopped(ctx context.Context, path, socket string, err error
 	if top, terr := topOf(path); terr == nil {
 		path = top
 	}
-	i, _, derr := vdisk.DescribeChain(path, nil)
+	i, _, derr := vdisk.DescribeChain(path, besideIt(path))
 	if derr != nil || i.Conversion == vdisk.NotConverting {
 		if ctx.Err() != nil && errors.Is(err, context.Canceled) {
 			return ctx.Err()
@@ -266,7 +266,7 @@ func (s *streams) converted(path string, kind conversionKind, took time.Duration
 	if err != nil {
 		return err
 	}
-	i, _, err := vdisk.DescribeChain(path, nil)
+	i, _, err := vdisk.DescribeChain(path, besideIt(path))
 	if err != nil {
 		return err
 	}
