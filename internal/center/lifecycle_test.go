@@ -27,7 +27,9 @@ func TestEncryptedVM(t *testing.T) {
 	if h := w.hostNamed("esx1"); h.CryptoState != inventory.HostPrepared {
 		t.Fatalf("before its first encrypted VM the host is %s", h.CryptoState)
 	}
-	ref := w.createVM("web", policy.VMEncryption)
+	spec := vmSpec("web", policy.VMEncryption)
+	spec.Hardware.Firmware = "efi" // whose variables a running guest has open
+	ref := w.ok(w.c.CreateVM(ctx, w.p, spec)).Result
 	vm := w.vm(ref)
 	first := *vm.KeyID
 	if !vm.Encrypted || vm.CryptoState != inventory.Unlocked || vm.MigrateEncryption != inventory.MigrateRequired || vm.Profile != policy.VMEncryption ||

@@ -275,8 +275,7 @@ func (c *Center) changeSnapshots(ctx context.Context, run *task.Run, vm *invento
 		if err := c.powerOffToRevert(ctx, run, vm, data, l, h, client); err != nil {
 			return err
 		}
-		again := data.Begun
-		if !again {
+		if !data.Begun {
 			data.Begun = true
 			if err := c.saveVM(ctx, run, "begin", data, vm.Ref, func(n *inventory.VM) error { n.SnapshotsChanging = true; return nil }); err != nil {
 				data.Begun = false
@@ -285,11 +284,7 @@ func (c *Center) changeSnapshots(ctx context.Context, run *task.Run, vm *invento
 		}
 		var err error
 		at, mark = l, l.runtimeMark(vm.UUID)
-		info, err = c.callSnapshots(ctx, run, vm, data, data.wire(), client)
-		if f, _ := hostapi.AsFault(err); err != nil && again && data.Act == snapshotRemove && f.Kind == hostapi.Fault_NOT_FOUND {
-			// An earlier try has removed it; what is left is to merge.
-			info, err = c.callSnapshots(ctx, run, vm, data, hostapi.SnapshotRequest_CONSOLIDATE, client)
-		}
+		info, err = c.callSnapshots(ctx, run, vm, data, client)
 		return hostFault(h, vm, fmt.Sprintf("%s of VM %q", data.doing(), vm.Name), err)
 	})
 	if err != nil {
@@ -342,13 +337,13 @@ func (c *Center) powerOffToRevert(ctx context.Context, run *task.Run, vm *invent
 }
 
 // callSnapshots has the host do it, and reports progress.
-func (c *Center) callSnapshots(ctx context.Context, run *task.Run, vm *inventory.VM, data *snapshotData, act hostapi.SnapshotRequest_Act, client hostapi.HostClient) (*hostapi.VMInfo, error) {
+func (c *Center) callSnapshots(ctx context.Context, run *task.Run, vm *inventory.VM, data *snapshotData, client hostapi.HostClient) (*hostapi.VMInfo, error) {
 	ref, err := c.vmRef(vm)
 	if err != nil {
 		return nil, err
 	}
-	r := &hostapi.SnapshotRequest{Header: c.header(run.Operation()), Ref: ref, Act: act, Id: data.ID, Children: data.Children}
-	switch act {
+	r := &hostapi.SnapshotRequest{Header: c.header(run.Operation()), Ref: ref, Act: data.wire(), Id: data.ID, Children: data.Children}
+	switch r.Act {
 	case hostapi.SnapshotRequest_UNKNOWN:
 		return nil, fault(task.NotSupported, "this version of center knows nothing of %q with snapshots", data.Act)
 	case hostapi.SnapshotRequest_CREATE, hostapi.SnapshotRequest_RENAME:

@@ -16,11 +16,10 @@ import (
 
 // snapshots are a VM's tree, and what is left of snapshots that are gone.
 type snapshots struct {
-	tree      []*snapshot // parents first
-	current   int32
-	last      int32  // id that was given last
-	merge     int    // steps of links that no snapshot needs
-	removedBy string // the operation that removed last
+	tree    []*snapshot // parents first
+	current int32
+	last    int32 // id that was given last
+	merge   int   // steps of links that no snapshot needs
 }
 
 type snapshot struct {
@@ -93,14 +92,8 @@ func (s *service) ChangeSnapshots(r *hostapi.SnapshotRequest, stream grpc.Server
 func (h *Host) changeTree(f *folder, r *hostapi.SnapshotRequest) error {
 	s, operation := &f.snapshots, r.Header.GetOperationId()
 	at := s.find(r.Id)
-	switch r.Act {
-	case hostapi.SnapshotRequest_REVERT, hostapi.SnapshotRequest_REMOVE, hostapi.SnapshotRequest_RENAME:
-		if at == nil && s.removedBy == operation {
-			return nil
-		}
-		if at == nil {
-			return hostapi.Faultf(hostapi.Fault_NOT_FOUND, "no snapshot %d", r.Id)
-		}
+	if at == nil && (r.Act == hostapi.SnapshotRequest_REVERT || r.Act == hostapi.SnapshotRequest_RENAME) {
+		return hostapi.Faultf(hostapi.Fault_NOT_FOUND, "no snapshot %d", r.Id)
 	}
 	switch r.Act {
 	case hostapi.SnapshotRequest_CREATE:
@@ -125,19 +118,22 @@ func (h *Host) changeTree(f *folder, r *hostapi.SnapshotRequest) error {
 		}
 		s.current = at.Id
 	case hostapi.SnapshotRequest_REMOVE:
-		gone := []int32{at.Id}
+		var gone []int32
+		if at != nil { // else an earlier call removed it
+			gone = append(gone, at.Id)
+		}
 		for _, o := range s.tree {
 			if r.Children && slices.Contains(gone, o.Parent) {
 				gone = append(gone, o.Id)
 			}
 		}
-		s.remove(gone, operation)
+		s.remove(gone)
 	case hostapi.SnapshotRequest_REMOVE_ALL:
 		var gone []int32
 		for _, o := range s.tree {
 			gone = append(gone, o.Id)
 		}
-		s.remove(gone, operation)
+		s.remove(gone)
 	case hostapi.SnapshotRequest_RENAME:
 		at.Snapshot = proto.CloneOf(at.Snapshot) // answers under way hold the old one
 		at.Name, at.Description = r.Name, r.Description
@@ -150,10 +146,7 @@ func (h *Host) changeTree(f *folder, r *hostapi.SnapshotRequest) error {
 
 // remove takes snapshots out of the tree; what stood on them stands on what they
 // stood on. Their links are still to be merged.
-func (s *snapshots) remove(gone []int32, operation string) {
-	if len(gone) == 0 {
-		return
-	}
+func (s *snapshots) remove(gone []int32) {
 	standing := func(id int32) int32 {
 		for slices.Contains(gone, id) {
 			id = s.find(id).Parent
@@ -169,7 +162,7 @@ func (s *snapshots) remove(gone []int32, operation string) {
 			left = append(left, &snapshot{kept, o.madeBy, o.content})
 		}
 	}
-	s.tree, s.removedBy = left, operation
+	s.tree = left
 	s.merge += steps * len(gone)
 }
 
