@@ -74,6 +74,7 @@ type diskFlags struct {
 	encrypted bool
 	epoch     uint64
 	bases     []string
+	frozen    bool // a sealed link is opened to convert it
 	thick     bool // of a disk that is made
 }
 
@@ -103,7 +104,7 @@ func (d *diskFlags) open(ctx context.Context, path string, readOnly bool, ring *
 	if err != nil {
 		return nil, err
 	}
-	o.ReadOnly, o.Log = readOnly, log
+	o.ReadOnly, o.Frozen, o.Log = readOnly, d.frozen, log
 	v, err := vdisk.OpenChain(ctx, path, o)
 	if err != nil {
 		return nil, err

@@ -218,6 +218,9 @@ JSON: {"path", …} as mortise disk info, with "seconds", when it is done; or fo
 func (s *streams) convertCold(ctx context.Context, path string, d *diskFlags, r convertRequest) (err error) {
 	ring := newKeyring()
 	defer ring.wipe()
+	if i, err := vdisk.Describe(path); err == nil {
+		d.frozen = i.Sealed != ""
+	}
 	v, err := d.open(ctx, path, false, ring, s.logger(slog.LevelError))
 	if err != nil {
 		return err

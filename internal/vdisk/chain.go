@@ -64,7 +64,7 @@ type Chain struct {
 // o.ReadOnly, the others shared, and checks that they fit together.
 //
 // A link that other links stand on is not opened for writing (ErrChildren): that
-// would change what they show. What only a crash while a snapshot was being made has
+// would change what they show; unless o.Frozen, to convert it. What only a crash while a snapshot was being made has
 // left is removed.
 func OpenChain(ctx context.Context, path string, o Options) (_ *Chain, err error) {
 	o = o.withDefaults()
@@ -88,7 +88,7 @@ func OpenChain(ctx context.Context, path string, o Options) (_ *Chain, err error
 		c.links = append(c.links, d)
 	}
 	slices.Reverse(c.links)
-	if !o.ReadOnly {
+	if !o.ReadOnly && !o.Frozen {
 		if err := top.leaf(); err != nil {
 			return nil, err
 		}
@@ -99,7 +99,7 @@ func OpenChain(ctx context.Context, path string, o Options) (_ *Chain, err error
 	if err := c.number(); err != nil {
 		return nil, err
 	}
-	if !o.ReadOnly {
+	if !o.ReadOnly && !o.Frozen {
 		if err := c.forgetMerged(); err != nil {
 			return nil, err
 		}

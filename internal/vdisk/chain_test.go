@@ -17,6 +17,8 @@ import (
 	"testing"
 	"time"
 
+	"github.com/google/uuid"
+
 	"mortise/internal/keysafe"
 )
 
@@ -65,8 +67,9 @@ type device interface {
 
 // A chain shows what was written to it, across snapshots, openings and forms of its
 // links, and BlockStatus calls nothing zero that is not.
-func TestChainReadsWhatWasWritten(t *testing.T) {
-	w := newWorld(t)
+func TestChainReadsWhatWasWritten(t *testing.T) { testChainReadsWhatWasWritten(t, newWorld(t)) }
+
+func testChainReadsWhatWasWritten(t *testing.T, w world) {
 	for _, c := range []struct {
 		name string
 		size int64
@@ -187,8 +190,9 @@ func TestRevertShowsWhatWasFrozen(t *testing.T) {
 }
 
 // Requests go on while snapshots are made, and each reader sees its own writes.
-func TestSnapshotsUnderLoad(t *testing.T) {
-	w := newWorld(t)
+func TestSnapshotsUnderLoad(t *testing.T) { testSnapshotsUnderLoad(t, newWorld(t)) }
+
+func testSnapshotsUnderLoad(t *testing.T, w world) {
 	path := diskPath(t)
 	const workers, piece = 4, 1 << 20
 	create(t, path, w.spec(workers*piece, kekA))
@@ -235,8 +239,9 @@ func TestSnapshotsUnderLoad(t *testing.T) {
 
 // Conversions, consolidations, snapshots and flushes at once, under a guest: links
 // come and go while others are rewritten.
-func TestEverythingAtOnce(t *testing.T) {
-	w := newWorld(t)
+func TestEverythingAtOnce(t *testing.T) { testEverythingAtOnce(t, newWorld(t)) }
+
+func testEverythingAtOnce(t *testing.T, w world) {
 	path := diskPath(t)
 	const workers, piece = 3, 1 << 20
 	create(t, path, w.spec(workers*piece, keysafe.KeyID{}))
@@ -316,8 +321,9 @@ func TestEverythingAtOnce(t *testing.T) {
 
 // Two parts of one unit, and the whole of it, written at once to a link that lacks
 // it: nothing that was acknowledged is lost.
-func TestPartsOfAUnitAtOnce(t *testing.T) {
-	w := newWorld(t)
+func TestPartsOfAUnitAtOnce(t *testing.T) { testPartsOfAUnitAtOnce(t, newWorld(t)) }
+
+func testPartsOfAUnitAtOnce(t *testing.T, w world) {
 	path := diskPath(t)
 	create(t, path, w.spec(8<<20, kekA))
 	d := openChain(t, path, w.chainOptions(t))
@@ -543,5 +549,60 @@ func TestLeftoverOfSnapshot(t *testing.T) {
 	}
 	if _, err := OpenChain(t.Context(), path, o); !errors.Is(err, ErrChildren) {
 		t.Fatalf("opened under a link that is in use: %v", err)
+	}
+}
+
+// A frozen link gets another key while its clone is closed; nothing can be written to
+// it, and what stands on it shows the same.
+func TestFrozen(t *testing.T) {
+	w := newWorld(t)
+	path := diskPath(t)
+	create(t, path, w.spec(1<<20, kekA))
+	model := make([]byte, 1<<20)
+	d := open(t, path, w.options())
+	scribble(t, d, model, rand.New(rand.NewPCG(3, 4)), 30)
+	d.Close()
+	dir := filepath.Join(filepath.Dir(filepath.Dir(path)), "clone")
+	if err := os.Mkdir(dir, 0o700); err != nil {
+		t.Fatal(err)
+	}
+	other := uuid.New()
+	clone := filepath.Join(dir, "clone.vmdk")
+	if err := LinkedClone(t.Context(), path, clone, w.options(), CloneSpec{VM: other}); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := OpenChain(t.Context(), path, w.options()); !errors.Is(err, ErrSealed) {
+		t.Fatalf("for writing: %v", err)
+	}
+	o := w.options()
+	o.Frozen = true
+	c, err := OpenChain(t.Context(), path, o)
+	if err != nil {
+		t.Fatal(err)
+	}
+	_, serr := c.Snapshot(t.Context(), LinkSpec{})
+	for name, err := range map[string]error{
+		"write": c.WriteAt(make([]byte, 512), 0), "trim": c.Trim(0, 4096), "zero": c.WriteZeroes(0, 4096, true),
+		"grow": c.Grow(t.Context(), 2<<20), "snapshot": serr, "consolidate": c.Consolidate(t.Context(), MergeSpec{}),
+	} {
+		if !errors.Is(err, ErrSealed) {
+			t.Errorf("%s: %v", name, err)
+		}
+	}
+	if err := c.Convert(t.Context(), Target{Kind: Recrypting, Key: kekB, Epoch: 2}, nil); err != nil {
+		t.Fatal(err)
+	}
+	if err := c.Close(); err != nil {
+		t.Fatal(err)
+	}
+	o = w.options()
+	o.VM, o.Bases = other, []Base{{filepath.Dir(path), w.vm}}
+	if c, err = OpenChain(t.Context(), clone, o); err != nil {
+		t.Fatal(err)
+	}
+	defer c.Close()
+	compare(t, c, model)
+	if i := c.Links()[0]; i.Epoch != 2 || i.Sealed == "" || len(i.Keys) != 1 || i.Keys[0] != kekB {
+		t.Errorf("the base: %+v", i)
 	}
 }

@@ -19,6 +19,17 @@ func (c *Chain) check(verb string, off, n int64, write bool) error {
 	if write && c.opts.ReadOnly {
 		return &Error{Kind: ErrReadOnly, File: c.Path(), Fix: "open it for writing"}
 	}
+	if write {
+		return c.thawed()
+	}
+	return nil
+}
+
+// thawed refuses what would change what a frozen link shows.
+func (c *Chain) thawed() error {
+	if c.opts.Frozen {
+		return &Error{Kind: ErrSealed, File: c.Path(), Why: "it was opened as a frozen link, for conversions only", Fix: "make a linked clone or a snapshot link of it, and use that"}
+	}
 	return nil
 }
 

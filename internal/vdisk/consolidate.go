@@ -52,6 +52,9 @@ func (c *Chain) Consolidate(ctx context.Context, s MergeSpec) error {
 		return err
 	}
 	defer c.op.Unlock()
+	if err := c.thawed(); err != nil {
+		return err
+	}
 	m, down, err := c.plan(s)
 	if err != nil {
 		return err

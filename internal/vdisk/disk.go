@@ -41,6 +41,15 @@ type Options struct {
 	// conversion was killed must be opened for writing once first.
 	ReadOnly bool
 
+	// Frozen opens a link that other links stand on, or that is sealed, to give it
+	// another form or key: what it shows stays, and a write is refused (ErrSealed).
+	Frozen bool
+
+	// Direct has the data of extents go round the page cache (O_DIRECT). It is refused
+	// (ErrUnsupported) where storage cannot do that with single sectors. Buffers on a
+	// page are used as they are, others are copied.
+	Direct bool
+
 	// Live is a folder, best on a tmpfs, for the bitmaps of snapshot links that are
 	// open for writing: what makes a kill of this process lose nothing. It must
 	// outlive the process. "": defaultLive.

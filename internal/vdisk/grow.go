@@ -22,6 +22,9 @@ func (c *Chain) Grow(ctx context.Context, size int64) error {
 	c.shape.Lock()
 	defer c.shape.Unlock()
 	d := c.top()
+	if err := c.thawed(); err != nil {
+		return err
+	}
 	switch {
 	case len(c.links) > 1:
 		return &Error{Kind: ErrChildren, File: d.path, Why: fmt.Sprintf("it cannot grow: it stands on %s, which has the old length", filepath.Base(c.links[len(c.links)-2].path)), Fix: "delete its snapshots, or clone it in full, first"}

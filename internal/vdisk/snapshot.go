@@ -47,6 +47,9 @@ func (c *Chain) Snapshot(ctx context.Context, s LinkSpec) (path string, err erro
 	if c.opts.ReadOnly {
 		return "", &Error{Kind: ErrReadOnly, File: c.Path(), Fix: "open it for writing"}
 	}
+	if err := c.thawed(); err != nil {
+		return "", err
+	}
 	c.shape.Lock()
 	defer c.shape.Unlock()
 	parent := c.top()
