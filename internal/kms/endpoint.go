@@ -11,6 +11,7 @@ import (
 	"slices"
 	"strconv"
 	"strings"
+	"time"
 
 	"mortise/internal/store"
 )
@@ -122,13 +123,20 @@ func (k *KMS) endpointsOf(ctx context.Context, id string, s Settings) []Endpoint
 	return list
 }
 
+// routeAge is how old what Route knows of names may be.
+const routeAge = 250 * time.Millisecond
+
 // Route says which instance a client of the shared port means by a TLS server
 // name; "" is no name. A name that is no instance's is [DefaultInstance]'s, and
-// so is none at all, unless that is strict.
+// so is none at all, unless that is strict. A name that another member has given
+// within routeAge may be unknown still.
 func (k *KMS) Route(ctx context.Context, name string) (string, error) {
 	name = strings.ToLower(strings.TrimSuffix(name, "."))
 	id, ok := k.named(name)
-	if !ok && name != "" { // made on another member just now?
+	// Made on another member just now? Clients that name the host, and no instance,
+	// must not make the cluster talk for each of their connections.
+	now := time.Now().UnixNano()
+	if last := k.routed.Load(); !ok && name != "" && now-last > int64(routeAge) && k.routed.CompareAndSwap(last, now) {
 		if err := k.store.Sync(ctx); err != nil {
 			return "", fmt.Errorf("kms: finding the instance of server name %q: %w", name, err)
 		}

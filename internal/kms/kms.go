@@ -83,6 +83,7 @@ type KMS struct {
 	clocks  *store.Collection[clockRecord]
 	format  atomic.Int32 // of the records that are written; see SetFormat
 	streams streams      // of Encrypt and Decrypt
+	routed  atomic.Int64 // when Route asked last what names there are, as a Unix time in nanoseconds
 
 	opening   sync.Mutex // held while an instance is opened or closed
 	mu        sync.RWMutex

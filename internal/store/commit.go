@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"slices"
+	"strings"
 
 	pb "go.etcd.io/etcd/api/v3/etcdserverpb"
 	"go.etcd.io/etcd/api/v3/v3rpc/rpctypes"
@@ -154,6 +155,10 @@ func fromEtcd(err error) error {
 		errors.Is(err, rpctypes.ErrTimeoutDueToConnectionLost), errors.Is(err, rpctypes.ErrTimeoutWaitAppliedIndex),
 		errors.Is(err, rpctypes.ErrNoLeader), errors.Is(err, rpctypes.ErrLeaderChanged),
 		errors.Is(err, rpctypes.ErrStopped), errors.Is(err, rpctypes.ErrTooManyRequests):
+		return fmt.Errorf("%w: %w", ErrUnavailable, err)
+	}
+	// raft.ErrProposalDropped, which etcd passes on as text: the leader is changing.
+	if err != nil && strings.Contains(err.Error(), "raft proposal dropped") {
 		return fmt.Errorf("%w: %w", ErrUnavailable, err)
 	}
 	return err

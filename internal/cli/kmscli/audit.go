@@ -389,8 +389,10 @@ Only on the key server's own machine, through its admin socket.`,
 			if err := v.ForgetAudit(ctx, args[0], reason); err != nil {
 				return err
 			}
-			v.say("Log %s is forgotten.", clean(args[0]))
-			return nil
+			return v.show(struct {
+				Log    string `json:"log"`
+				Reason string `json:"reason"`
+			}{args[0], reason}, func() { v.say("Log %s is forgotten.", clean(args[0])) })
 		}),
 	}
 	cmd.Flags().StringVar(&reason, "reason", "", "why it is gone")

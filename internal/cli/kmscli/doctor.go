@@ -112,6 +112,7 @@ func (v *verb) examine(ctx context.Context) (found []Finding) {
 	if locked {
 		return found // the rest is sealed
 	}
+	v.examineCRKs(ctx, add)
 	v.examineInstances(ctx, add)
 	if a, err := v.AuditStatus(ctx); err != nil {
 		add("audit", unknown, "", "%v", err)
@@ -130,6 +131,30 @@ func (v *verb) examine(ctx context.Context) (found []Finding) {
 	}
 	v.examineBackups(ctx, add)
 	return found
+}
+
+// examineCRKs looks for root keys that nothing accounts for, and for some that should
+// be gone.
+func (v *verb) examineCRKs(ctx context.Context, add adder) {
+	list, err := v.CRKs(ctx, "")
+	if err != nil {
+		add("crks", unknown, "", "%v", err)
+		return
+	}
+	odd := 0
+	for _, c := range list {
+		switch {
+		case c.State == kms.CRKOrphan:
+			odd++
+			add("crks", advice, "if no other key server uses it: mortise kms crk delete "+c.ID, "%s has root key %s, of which there is no record", c.Provider, c.ID)
+		case len(c.Waiting) > 0:
+			odd++
+			add("crks", advice, "start those members; if they are gone for good: mortise kms member remove", "CRK %s is to be destroyed, and %s has it still", c.ID, strings.Join(c.Waiting, ", "))
+		}
+	}
+	if odd == 0 {
+		add("crks", good, "", "%d, all recorded", len(list))
+	}
 }
 
 type adder func(check, level, mend, format string, args ...any)
