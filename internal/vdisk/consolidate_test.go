@@ -76,8 +76,9 @@ func (x *tree) check(t *testing.T) {
 }
 
 // Every link of a chain can be merged with its parent, in either direction.
-func TestConsolidateEachLink(t *testing.T) {
-	w := newWorld(t)
+func TestConsolidateEachLink(t *testing.T) { testConsolidateEachLink(t, newWorld(t)) }
+
+func testConsolidateEachLink(t *testing.T, w world) {
 	for _, key := range []keysafe.KeyID{{}, kekA} {
 		for n := 1; n <= 4; n++ {
 			t.Run(key.Key+string(rune('0'+n)), func(t *testing.T) {
@@ -130,8 +131,9 @@ func linkStems(t *testing.T, dir string) map[string]bool {
 }
 
 // A guest writes all the time while links come and go.
-func TestConsolidateUnderLoad(t *testing.T) {
-	w := newWorld(t)
+func TestConsolidateUnderLoad(t *testing.T) { testConsolidateUnderLoad(t, newWorld(t)) }
+
+func testConsolidateUnderLoad(t *testing.T, w world) {
 	x := newTree(t, w, 8<<20, kekA, 5)
 	const workers = 4
 	piece := int64(len(x.model)) / workers

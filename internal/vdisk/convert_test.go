@@ -16,8 +16,9 @@ import (
 // A conversion that is cancelled stops at a boundary that is durable, tells how
 // far it is, takes no other target, and goes on in another process; meanwhile the
 // disk works.
-func TestCancelAndResume(t *testing.T) {
-	w := newWorld(t)
+func TestCancelAndResume(t *testing.T) { testCancelAndResume(t, newWorld(t)) }
+
+func testCancelAndResume(t *testing.T, w world) {
 	const size = 2 << 20
 	path := diskPath(t)
 	create(t, path, w.spec(size, keysafe.KeyID{}))

@@ -217,7 +217,7 @@ func deleteIn(ctx context.Context, fsys fsys, path string) error {
 	} else if _, err := fsys.Stat(vmdk.DeltaName(path)); err == nil {
 		name = vmdk.DeltaName(path)
 	}
-	f, err := openLocked(fsys, name, true)
+	f, err := openLocked(fsys, name, true, 0)
 	if err == nil {
 		defer f.Close()
 	} else if !errors.Is(err, ErrMissing) {

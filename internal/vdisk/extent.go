@@ -24,6 +24,10 @@ const (
 // in bytes: it is still in the CPU's cache when the kernel copies it.
 const chunk = 256 << 10
 
+// directChunk is the same where nothing is copied and each piece is a request to the
+// device.
+const directChunk = 4 << 20
+
 // An extent is the open file that holds a disk's data. Sectors below boundary
 // have one form, those above another: encrypted with a cipher, or in clear where
 // the cipher is nil. An extent that is not being converted has one form.
@@ -46,9 +50,10 @@ const chunk = 256 << 10
 // frozen and next follow the boundary; where a conversion runs back they lie
 // before it.
 type extent struct {
-	name  string
-	f     file
-	thick bool // its space stays allocated
+	name   string
+	f      file
+	thick  bool // its space stays allocated
+	direct bool // f goes round the page cache
 
 	gate         sync.RWMutex
 	below, above *xts.Cipher
@@ -206,7 +211,7 @@ func (e *extent) write(p []byte, off int64) error {
 // part returns the cipher at off and how many of n bytes to process with it at
 // once.
 func (e *extent) part(n int, off int64) (*xts.Cipher, int) {
-	c, limit := e.above, int64(chunk)
+	c, limit := e.above, e.chunk()
 	if off < e.boundary {
 		c, limit = e.below, min(limit, e.boundary-off)
 	}
@@ -219,6 +224,13 @@ func (e *extent) part(n int, off int64) (*xts.Cipher, int) {
 		limit = min(limit, z.end-off)
 	}
 	return c, int(min(int64(n), limit))
+}
+
+func (e *extent) chunk() int64 {
+	if e.direct {
+		return directChunk
+	}
+	return chunk
 }
 
 // zero makes a range read as zeros, in any form; if punch, it gives its space back,

@@ -14,8 +14,8 @@ import (
 	"mortise/internal/atomicfile"
 )
 
-// A file is what the package needs of an open file. There are two
-// implementations: osFile, and in the tests a model of a disk that loses power.
+// A file is what the package needs of an open file. There are three
+// implementations: osFile, directFile, and in the tests a model of a disk that loses power.
 // Offsets and lengths are bytes. Methods may be called concurrently.
 type file interface {
 	io.ReaderAt
@@ -90,6 +90,9 @@ func (osFS) Open(name string, flag int) (file, error) {
 	if errors.Is(err, unix.ELOOP) {
 		return nil, fmt.Errorf("%s is a symbolic link: the files of a disk are in its own folder; move the file there", name)
 	}
+	if isNotDirect(flag, err) {
+		return nil, noDirect(name, "its file system has none", err)
+	}
 	if err != nil {
 		return nil, err
 	}
@@ -106,7 +109,15 @@ func (osFS) Open(name string, flag int) (file, error) {
 		f.Close()
 		return nil, err
 	}
-	return &osFile{File: f, raw: raw}, nil
+	if flag&unix.O_DIRECT == 0 {
+		return &osFile{File: f, raw: raw}, nil
+	}
+	d, err := newDirectFile(&osFile{File: f, raw: raw})
+	if err != nil {
+		f.Close()
+		return nil, err
+	}
+	return d, nil
 }
 
 func (osFS) Stat(name string) (fileStat, error) {

@@ -187,8 +187,9 @@ func TestQemuImg(t *testing.T) {
 	}
 }
 
-func TestBlockStatus(t *testing.T) {
-	w := newWorld(t)
+func TestBlockStatus(t *testing.T) { testBlockStatus(t, newWorld(t)) }
+
+func testBlockStatus(t *testing.T, w world) {
 	path := diskPath(t)
 	create(t, path, w.spec(1<<20, kekA))
 	d := open(t, path, w.options())

@@ -17,21 +17,20 @@ import (
 // shared to read. The lock belongs to the open file (fcntl(2), OFD locks), so it
 // excludes other opens in this process too and ends with it. An extent is never
 // renamed or replaced while it has a lock.
-func openLocked(fsys fsys, name string, write bool) (file, error) {
-	flag := os.O_RDONLY
+func openLocked(fsys fsys, name string, write bool, flags int) (file, error) {
 	if write {
-		flag = os.O_RDWR
+		flags |= os.O_RDWR
 	}
-	return openAndLock(fsys, name, flag, write)
+	return openAndLock(fsys, name, flags, write)
 }
 
 // openParent opens the extent of a link that another one stands on: its lock is
 // shared, and becomes exclusive while the link is consolidated or converted, which
 // needs a file that is open for writing.
-func openParent(fsys fsys, name string, exclusive bool) (file, error) {
-	f, err := openAndLock(fsys, name, os.O_RDWR, exclusive)
+func openParent(fsys fsys, name string, exclusive bool, flags int) (file, error) {
+	f, err := openAndLock(fsys, name, flags|os.O_RDWR, exclusive)
 	if !exclusive && (errors.Is(err, fs.ErrPermission) || errors.Is(err, unix.EROFS)) {
-		return openLocked(fsys, name, false)
+		return openLocked(fsys, name, false, flags)
 	}
 	return f, err
 }

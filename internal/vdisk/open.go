@@ -121,14 +121,14 @@ func (d *Disk) lockExtent() error {
 	}
 	var f file
 	if d.opts.parent {
-		f, err = openParent(d.opts.fs, name, !d.opts.ReadOnly)
+		f, err = openParent(d.opts.fs, name, !d.opts.ReadOnly, d.opts.openFlags())
 	} else {
-		f, err = openLocked(d.opts.fs, name, !d.opts.ReadOnly)
+		f, err = openLocked(d.opts.fs, name, !d.opts.ReadOnly, d.opts.openFlags())
 	}
 	if err != nil {
 		return err
 	}
-	d.ext = &extent{name: name, f: f}
+	d.ext = &extent{name: name, f: f, direct: d.opts.Direct}
 	if d.text, d.desc, err = loadDescriptor(d.opts.fs, d.path); err != nil {
 		return err
 	}

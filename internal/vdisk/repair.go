@@ -65,7 +65,7 @@ func Repair(ctx context.Context, path string, o RepairOptions) (done []string, e
 	if own := vmdk.FlatName(path); name != own && name != vmdk.DeltaName(path) {
 		return nil, &Error{Kind: ErrTampered, File: keptName(path), Why: fmt.Sprintf("it is the copy of a disk whose extent is %s, and this one's is %s", filepath.Base(name), filepath.Base(own)), Fix: "restore the descriptor from a backup; " + untouched}
 	}
-	f, err := openLocked(o.fs, name, true)
+	f, err := openLocked(o.fs, name, true, 0)
 	if err != nil {
 		return nil, err
 	}

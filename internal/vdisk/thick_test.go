@@ -16,11 +16,13 @@ import (
 
 // A thick disk has its whole space from the beginning, and nothing that is done to
 // it takes that away; what nobody wrote is a hole to who asks, and stays unconverted.
-func TestThick(t *testing.T) {
+func TestThick(t *testing.T) { testThick(t, newWorld(t)) }
+
+func testThick(t *testing.T, w world) {
 	const size = 24<<20 - 3*SectorSize
 	for name, key := range map[string]keysafe.KeyID{"clear": {}, "encrypted": kekA} {
 		t.Run(name, func(t *testing.T) {
-			w, path := newWorld(t), diskPath(t)
+			path := diskPath(t)
 			s := w.spec(size, key)
 			s.Thick = true
 			create(t, path, s)

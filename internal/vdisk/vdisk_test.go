@@ -19,6 +19,8 @@ import (
 type world struct {
 	vm   uuid.UUID
 	keks keysafe.KEKSet
+
+	direct bool // round the page cache
 }
 
 var (
@@ -42,7 +44,7 @@ func (w world) spec(size int64, key keysafe.KeyID) Spec {
 	return Spec{Size: size, VM: w.vm, Key: key, KEKs: w.keks}
 }
 
-func (w world) options() Options { return Options{VM: w.vm, KEKs: w.keks} }
+func (w world) options() Options { return Options{VM: w.vm, KEKs: w.keks, Direct: w.direct} }
 
 func create(t testing.TB, path string, s Spec) {
 	t.Helper()
@@ -114,8 +116,9 @@ func compare(t testing.TB, d device, model []byte) {
 	}
 }
 
-func TestReadWrite(t *testing.T) {
-	w := newWorld(t)
+func TestReadWrite(t *testing.T) { testReadWrite(t, newWorld(t)) }
+
+func testReadWrite(t *testing.T, w world) {
 	for _, c := range []struct {
 		name string
 		size int64

@@ -328,10 +328,11 @@ func (d *Disk) put(z *zone, spans []span, busy bool) error {
 	return nil
 }
 
-// verify compares storage with what was written to it. The page cache is told to
-// forget that, so that it cannot answer.
+// verify compares storage with what was written to it. The page cache, if there is
+// one between, is told to forget that, so that it cannot answer.
 func (d *Disk) verify(z *zone, spans []span) error {
 	d.ext.f.Forget(z.start, z.end-z.start)
+	chunk := d.ext.chunk()
 	buf := make([]byte, min(chunk, z.end-z.start))
 	for _, sp := range spans {
 		for off := sp.off; off < sp.end; off += chunk {
