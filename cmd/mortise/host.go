@@ -29,6 +29,7 @@ type hostConfig struct {
 	Center        string           `toml:"center"`
 	LibvirtSocket string           `toml:"libvirt_socket"`
 	QEMUUser      string           `toml:"qemu_user"`
+	DirectIO      bool             `toml:"direct_io"`
 	Datastores    []host.Datastore `toml:"datastore"`
 	Convert       host.Conversions `toml:"conversions"`
 	logFlags
@@ -71,7 +72,9 @@ A configuration file (TOML) may say what the flags say:
   name = "ds1"
   path = "/srv/ds1"
 
-It also says how many disks are converted at once; the others wait their turn:
+It also says whether disks go round the page cache (direct_io = true; the default, and
+the reason for it, are in doc/operations.md), and how many disks are converted at once;
+the others wait their turn:
 
   [conversions]
   per_host = 2
@@ -102,6 +105,7 @@ It also says how many disks are converted at once; the others wait their turn:
 	f.StringVar(&token, "join", "", "join with this token first, if this machine has not joined yet; @FILE reads it from a file")
 	f.StringVar(&cfg.LibvirtSocket, "libvirt-socket", domain.DefaultSocket, "libvirtd's socket")
 	f.StringVar(&cfg.QEMUUser, "qemu-user", "libvirt-qemu", "user that libvirt runs QEMU as (user in /etc/libvirt/qemu.conf)")
+	f.BoolVar(&cfg.DirectIO, "direct-io", false, "read and write disks round the page cache (O_DIRECT)")
 	f.StringArrayVar(&stores, "datastore", nil, "NAME=PATH of a datastore; repeat for more")
 	f.IntVar(&cfg.Convert.PerHost, "conversions-per-host", 2, "disks of VMs that are converted at once on this host")
 	f.IntVar(&cfg.Convert.PerDatastore, "conversions-per-datastore", 1, "and of those, on one datastore")
@@ -170,9 +174,13 @@ func serveHost(ctx context.Context, cfg hostConfig, token string) error {
 		return err
 	}
 	defer guests.Close()
+	args := []string{"vmx", "--log-format", cfg.Format, "--log-level", cfg.Level}
+	if cfg.DirectIO {
+		args = append(args, "--direct-io")
+	}
 	agent, err := host.Start(ctx, host.Config{
 		Name: member.Name, UUID: uuid, Version: version, RunDir: cfg.RunDir, Datastores: cfg.Datastores,
-		Executable: self, VMXArgs: []string{"vmx", "--log-format", cfg.Format, "--log-level", cfg.Level},
+		Executable: self, VMXArgs: args,
 		QEMUUID: uid, QEMUGID: gid, Guests: guests, Convert: cfg.Convert, Logger: log, Now: time.Now,
 	})
 	if err != nil {

@@ -32,6 +32,7 @@ func vmxCommand() *cobra.Command {
 	cmd.Flags().StringVar(&cfg.RunDir, "run-dir", "", "folder for sockets")
 	cmd.Flags().IntVar(&cfg.UID, "qemu-uid", 0, "user that QEMU runs as")
 	cmd.Flags().IntVar(&cfg.GID, "qemu-gid", 0, "its group")
+	cmd.Flags().BoolVar(&cfg.Direct, "direct-io", false, "round the page cache")
 	log.bind(cmd.Flags())
 	return cmd
 }

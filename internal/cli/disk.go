@@ -76,6 +76,7 @@ type diskFlags struct {
 	bases     []string
 	frozen    bool // a sealed link is opened to convert it
 	thick     bool // of a disk that is made
+	direct    bool // round the page cache
 }
 
 func (d *diskFlags) bind(f *pflag.FlagSet) {
@@ -118,7 +119,7 @@ func (d *diskFlags) options(ctx context.Context, path string, ring *keyring) (o 
 		return o, err
 	}
 	o.KEKs, o.Expect = ring, vdisk.Expect{Encrypted: d.encrypted, Epoch: d.epoch}
-	o.Live = liveFolder()
+	o.Live, o.Direct = liveFolder(), d.direct
 	if o.Bases, err = parseBases(d.bases); err != nil {
 		return o, err
 	}

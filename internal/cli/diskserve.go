@@ -88,6 +88,7 @@ printed when the disk is served.`,
 	f.StringVar(&d.owner, "owner", "", "USER[:GROUP] that the socket is given to: whom QEMU runs as")
 	f.StringVar(&d.name, "export", "", "name of the export (default: none)")
 	f.BoolVar(&d.readOnly, "read-only", false, "refuse writes; others may read the disk at the same time")
+	f.BoolVar(&d.direct, "direct", false, "read and write round this machine's page cache (O_DIRECT)")
 	f.StringVar(&d.convert, "convert", "", "in the background: encrypt, decrypt, recrypt, resume or cancel")
 	f.StringVar(&d.limit, "limit", "", "rate of that, bytes per second: 50M")
 	f.StringVar(&d.listen, "listen", "", "HOST:PORT to serve over TLS, e.g. 0.0.0.0:10809")

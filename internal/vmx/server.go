@@ -23,6 +23,7 @@ type Config struct {
 	RunDir string // for its sockets and the mount of its files
 	UID    int    // of the user that QEMU runs as; 0: root
 	GID    int
+	Direct bool // disks are read and written round the page cache (vdisk.Options)
 	Logger *slog.Logger
 
 	at func(step string) // tests: called at every step of a change that is on disk; nil: not
@@ -48,7 +49,7 @@ func Run(ctx context.Context, cfg Config) error {
 	}
 	closing, interrupt := context.WithCancel(ctx)
 	defer interrupt()
-	s := &server{cfg: cfg, log: cfg.Logger, stop: stop, closing: closing, interrupt: interrupt, vm: &vm{log: cfg.Logger, path: cfg.VMX, live: filepath.Join(cfg.RunDir, liveDir), at: cfg.at}}
+	s := &server{cfg: cfg, log: cfg.Logger, stop: stop, closing: closing, interrupt: interrupt, vm: &vm{log: cfg.Logger, path: cfg.VMX, live: filepath.Join(cfg.RunDir, liveDir), direct: cfg.Direct, at: cfg.at}}
 	g := grpc.NewServer(grpc.MaxRecvMsgSize(4 << 20))
 	hostapi.RegisterVMXServer(g, s)
 	done := make(chan error, 1)

@@ -26,6 +26,7 @@ type vm struct {
 	random io.Reader // nil: crypto/rand
 	path   string    // of the VMX
 	live   string    // folder of its disks' live bitmaps, which outlives the process
+	direct bool      // its disks are opened with direct I/O
 	at     func(step string)
 	id     uuid.UUID // written once, by whoever opens or creates the VM
 	pacing pacing
@@ -248,7 +249,7 @@ func (v *vm) openDisk(ctx context.Context, m member, readOnly bool) (*vdisk.Chai
 }
 
 func (v *vm) diskOptions(m member) vdisk.Options {
-	return vdisk.Options{VM: v.id, UUID: m.id, KEKs: v, Expect: m.want, Live: v.live, Log: v.log, Random: v.random}
+	return vdisk.Options{VM: v.id, UUID: m.id, KEKs: v, Expect: m.want, Live: v.live, Direct: v.direct, Log: v.log, Random: v.random}
 }
 
 func allocated(path string) int64 {

@@ -31,11 +31,14 @@ import (
 )
 
 // The process under test is this binary again: a vmx confines itself for good.
-const actAsVMX = "MORTISE_TEST_VMX"
+const (
+	actAsVMX   = "MORTISE_TEST_VMX"
+	withDirect = "MORTISE_TEST_DIRECT"
+)
 
 func TestMain(m *testing.M) {
 	if os.Getenv(actAsVMX) != "" {
-		cfg := Config{VMX: os.Args[1], RunDir: os.Args[2], Logger: slog.New(slog.NewTextHandler(os.Stderr, nil)), at: steps(os.Args[2])}
+		cfg := Config{VMX: os.Args[1], RunDir: os.Args[2], Logger: slog.New(slog.NewTextHandler(os.Stderr, nil)), at: steps(os.Args[2]), Direct: os.Getenv(withDirect) != ""}
 		if err := errors.Join(secret.LockDown(), Run(context.Background(), cfg)); err != nil {
 			fmt.Fprintln(os.Stderr, err)
 			os.Exit(1)
@@ -641,6 +644,50 @@ func TestAttachedDisks(t *testing.T) {
 		if _, err := os.Stat(filepath.Join(dir, info.Disks[0].Path)); err != nil {
 			t.Error(err)
 		}
+	}
+}
+
+// TestDirect: round the page cache if the host is told so, and not otherwise.
+func TestDirect(t *testing.T) {
+	l := newLab(t)
+	l.create(l.key("k1"), l.key("k1"))
+	for _, want := range []bool{true, false} {
+		if want {
+			t.Setenv(withDirect, "1")
+		} else {
+			os.Unsetenv(withDirect)
+		}
+		p := l.start()
+		_, err := p.Open(t.Context(), &hostapi.OpenRequest{Ref: l.ref(), Keys: l.send(), Serve: true})
+		if err != nil && strings.Contains(err.Error(), "no direct I/O") {
+			t.Skipf("the folder for tests cannot: %v", err)
+		}
+		if err != nil {
+			t.Fatalf("%v\n%s", err, p.log)
+		}
+		fds, _ := filepath.Glob(fmt.Sprintf("/proc/%d/fd/*", p.cmd.Process.Pid))
+		found := false
+		for _, fd := range fds {
+			if name, _ := os.Readlink(fd); !strings.HasSuffix(name, "-flat.vmdk") {
+				continue
+			}
+			found = true
+			info, err := os.ReadFile(strings.Replace(fd, "/fd/", "/fdinfo/", 1))
+			if err != nil {
+				t.Fatal(err)
+			}
+			var flags int
+			for line := range strings.Lines(string(info)) {
+				_, _ = fmt.Sscanf(line, "flags: %o", &flags)
+			}
+			if flags&syscall.O_DIRECT != 0 != want {
+				t.Errorf("direct %v: %s has flags %o", want, fd, flags)
+			}
+		}
+		if !found {
+			t.Errorf("no extent among %v", fds)
+		}
+		l.stop(p)
 	}
 }
 
