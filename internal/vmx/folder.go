@@ -75,7 +75,8 @@ func inspectDisk(vmxPath string, s slot) *hostapi.DiskInfo {
 }
 
 // InspectDisk reads a disk's files as Inspect reads a VM's; what is wrong with
-// them is in Problem.
+// them is in Problem. The epoch is the lowest of all links, those of other branches
+// too: what may be expected of the disk whatever snapshot it goes back to.
 func InspectDisk(path string) *hostapi.DiskInfo {
 	d := &hostapi.DiskInfo{}
 	info, _, err := vdisk.DescribeChain(path, nil)
@@ -85,6 +86,13 @@ func InspectDisk(path string) *hostapi.DiskInfo {
 	}
 	d.Uuid, d.CapacityBytes, d.AllocatedBytes = info.UUID.String(), info.Size, info.Allocated
 	d.Encrypted, d.Epoch, d.Cipher, d.Thick = info.Encrypted, info.Epoch, info.Cipher, info.Thick
+	if links, err := diskLinks(path); err == nil {
+		for _, l := range links {
+			if l.Encrypted && l.Epoch < d.Epoch {
+				d.Epoch = l.Epoch
+			}
+		}
+	}
 	d.KeyId = lastKey(info.Keys)
 	if info.Conversion != vdisk.NotConverting {
 		d.Conversion, d.BoundaryBytes = info.Conversion.String(), info.Boundary

@@ -227,6 +227,7 @@ func (v *vm) changeDisk(ctx context.Context, id uuid.UUID, c *hostapi.CryptoChan
 	target := v.target(m, key)
 	switch c.Kind {
 	case hostapi.CryptoChange_SHALLOW_RECRYPT:
+		target = vdisk.Target{}
 		err = d.ShallowRecrypt(ctx, key)
 	case hostapi.CryptoChange_DECRYPT:
 		target = vdisk.Target{Kind: vdisk.Decrypting}
@@ -244,7 +245,8 @@ func (v *vm) changeDisk(ctx context.Context, id uuid.UUID, c *hostapi.CryptoChan
 		return faultOf(err)
 	}
 	v.at("disk.done")
-	return v.record(id, c.Kind != hostapi.CryptoChange_DECRYPT, d.Info().Epoch)
+	// Every link, of other branches too, has at least the target's epoch now.
+	return v.record(id, c.Kind != hostapi.CryptoChange_DECRYPT, min(target.Epoch, d.Info().Epoch))
 }
 
 // take opens a disk of the VM, or uses the one that a guest has open, and says
@@ -322,8 +324,8 @@ func (v *vm) member(id uuid.UUID) (member, error) {
 }
 
 // record writes into the bundle whether a disk must be encrypted, and the epoch
-// that it is proven to have, or to have had: one that was given up is not used
-// again.
+// that all its links are proven to have, or, when it is to be in clear, one to be
+// used no more. 0 leaves the one that is recorded.
 func (v *vm) record(id uuid.UUID, encrypted bool, epoch uint64) error {
 	return v.edit(func(_ *vmxfile.File, b *keysafe.Bundle) error {
 		if b == nil {

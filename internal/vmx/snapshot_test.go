@@ -15,6 +15,7 @@ import (
 	"github.com/google/uuid"
 
 	"mortise/internal/hostapi"
+	"mortise/internal/vdisk"
 )
 
 // A snapLab is a VM of two disks, and what its disks and each of its snapshots must
@@ -24,6 +25,8 @@ type snapLab struct {
 	disks []uuid.UUID
 	now   []byte            // what both disks begin with; the rest is zero
 	froze map[string][]byte // by the snapshot's name
+
+	epoch map[string]uint64 // the highest that was told of a disk, which center expects from then on
 }
 
 const (
@@ -148,12 +151,31 @@ func (l *snapLab) id(name string) int32 {
 	return 0
 }
 
+// expecting is the VM as center knows it.
+func (l *snapLab) expecting() *hostapi.VMRef {
+	l.Helper()
+	info, err := Inspect(l.path)
+	if err != nil {
+		l.Fatal(err)
+	}
+	if l.epoch == nil {
+		l.epoch = map[string]uint64{}
+	}
+	ref := l.ref()
+	ref.Expect = &hostapi.Expect{}
+	for _, d := range info.Disks {
+		l.epoch[d.Uuid] = max(l.epoch[d.Uuid], d.Epoch)
+		ref.Expect.Disks = append(ref.Expect.Disks, &hostapi.DiskExpect{Uuid: d.Uuid, Epoch: l.epoch[d.Uuid]})
+	}
+	return ref
+}
+
 // check reads the disks as a guest does.
 func (l *snapLab) check(when string) {
 	l.Helper()
 	p := l.start()
 	defer l.stop(p)
-	st, err := p.Open(l.Context(), &hostapi.OpenRequest{Ref: l.ref(), Keys: l.send(), Serve: true})
+	st, err := p.Open(l.Context(), &hostapi.OpenRequest{Ref: l.expecting(), Keys: l.send(), Serve: true})
 	if err != nil {
 		l.Fatalf("%s: open: %v\n%s", when, err, p.log)
 	}
@@ -246,6 +268,7 @@ func TestSnapshots(t *testing.T) {
 			r.Disks = append(r.Disks, &hostapi.DiskCryptoChange{DiskUuid: d.String(), Change: &hostapi.CryptoChange{Kind: kind, Key: key}})
 		}
 		info := l.must(r)
+		l.epoch = nil // center takes the result of a change as it is
 		for _, d := range info.Disks {
 			if d.Encrypted != (kind != decrypt) || d.Conversion != "" {
 				t.Fatalf("%v: %v", kind, d)
@@ -264,6 +287,9 @@ func TestSnapshots(t *testing.T) {
 	both(shallow, l.key("k2"))
 	delete(l.keks, "k1")
 	l.check("after a shallow recrypt")
+	l.halfRecrypted()
+	l.checkAll("after half a deep recrypt that was undone")
+	l.revert("three")
 	both(deep, l.key("k3"))
 	delete(l.keks, "k2")
 	l.check("after a deep recrypt")
@@ -302,6 +328,51 @@ func TestSnapshots(t *testing.T) {
 	l.take("last")
 	if left, err := Delete(l.path, l.vm.String()); err != nil || len(left) > 0 {
 		t.Fatalf("deleting the VM leaves %v: %v", left, err)
+	}
+}
+
+// halfRecrypted breaks a deep recrypt of the first disk off when some of its links
+// have come to its end, and undoes it.
+func (l *snapLab) halfRecrypted() {
+	l.Helper()
+	r := &hostapi.ReconfigureVMRequest{Ref: l.ref(), Pace: &hostapi.Pace{LimitBytesPerSecond: 1 << 20}, Disks: []*hostapi.DiskCryptoChange{{
+		DiskUuid: l.disks[0].String(), Before: &hostapi.Before{Encrypted: true, Key: l.key("k2")},
+		Change: &hostapi.CryptoChange{Kind: deep, Key: l.key("given up")},
+	}}}
+	epochs := func() (all []uint64) {
+		links, err := vdisk.DescribeFolder(filepath.Dir(l.path))
+		if err != nil {
+			l.Fatal(err)
+		}
+		for _, i := range links {
+			if i.UUID == l.disks[0] && i.Conversion == vdisk.NotConverting && !slices.Contains(all, i.Epoch) {
+				all = append(all, i.Epoch)
+			}
+		}
+		return all
+	}
+	p := l.start()
+	if _, err := p.SetPace(l.Context(), r.Pace); err != nil {
+		l.Fatal(err)
+	}
+	s, err := p.Reconfigure(l.Context(), &hostapi.VMXReconfigureRequest{Change: r, Keys: l.send()})
+	if err != nil {
+		l.Fatal(err)
+	}
+	for len(epochs()) < 2 {
+		if _, err := s.Recv(); err != nil {
+			l.Fatalf("it ended before it could be broken off: %v\n%s", err, p.log)
+		}
+	}
+	if err := p.cmd.Process.Kill(); err != nil {
+		l.Fatal(err)
+	}
+	<-p.done
+	r.Undo, r.Pace = true, nil
+	l.must(r)
+	delete(l.keks, "given up")
+	if e := epochs(); len(e) < 2 {
+		l.Fatalf("every link has epoch %v", e)
 	}
 }
 

@@ -110,7 +110,8 @@ func (v *vm) undoDisk(ctx context.Context, id uuid.UUID, before *hostapi.Before,
 		return faultOf(err)
 	}
 	v.at("undo.done")
-	return v.record(id, before.GetEncrypted(), d.Info().Epoch)
+	// Some links have the epoch that they had before.
+	return v.record(id, before.GetEncrypted(), 0)
 }
 
 // detachDisk takes a disk that was attached out of VMX and bundle; its files stay.
