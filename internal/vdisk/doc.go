@@ -17,6 +17,9 @@
 // Snapshot puts a link on the top, Revert and LinkedClone make another branch,
 // Consolidate merges a link with its parent, all of it under a guest.
 //
+// A thick disk's extent keeps all of its space allocated ([Spec]); extents can be read
+// and written round the page cache ([Options]).
+//
 // A disk in clear is a plain flat VMDK without a state file, and takes the same
 // way through the code without a cipher. doc/disk-format.md specifies the files,
 // the order in which they are written, and why.
