@@ -418,6 +418,25 @@ func TestSystem(t *testing.T) {
 		}
 	})
 
+	run("snapshots of a running VM, and back", func(t *testing.T) {
+		m.must("vm", "power", "on", "data")
+		m.must("vm", "snapshot", "create", "data", "before")
+		m.must("vm", "recrypt", "data")
+		m.must("vm", "snapshot", "create", "data", "after")
+		if out := m.must("vm", "snapshot", "ls", "data"); !strings.Contains(out, "before") || !strings.Contains(out, "after") {
+			t.Errorf("snapshots:\n%s", out)
+		}
+		m.must("vm", "snapshot", "revert", "data", "before", "--yes")
+		m.refused("powered off|already", "vm", "power", "off", "data")
+		m.must("vm", "snapshot", "create", "data", "another way")
+		m.must("vm", "power", "on", "data")
+		m.must("vm", "snapshot", "delete", "data", "--all")
+		if out := m.must("vm", "info", "data"); strings.Contains(strings.ToLower(out), "consolidat") {
+			t.Errorf("links are left:\n%s", out)
+		}
+		m.must("vm", "power", "off", "data")
+	})
+
 	run("decrypt, and every byte is there", func(t *testing.T) {
 		m.must("vm", "recrypt", "data", "--deep")
 		m.must("vm", "decrypt", "data")
