@@ -174,13 +174,9 @@ func serveHost(ctx context.Context, cfg hostConfig, token string) error {
 		return err
 	}
 	defer guests.Close()
-	args := []string{"vmx", "--log-format", cfg.Format, "--log-level", cfg.Level}
-	if cfg.DirectIO {
-		args = append(args, "--direct-io")
-	}
 	agent, err := host.Start(ctx, host.Config{
 		Name: member.Name, UUID: uuid, Version: version, RunDir: cfg.RunDir, Datastores: cfg.Datastores,
-		Executable: self, VMXArgs: args,
+		Executable: self, VMXArgs: []string{"vmx", "--log-format", cfg.Format, "--log-level", cfg.Level}, DirectIO: cfg.DirectIO,
 		QEMUUID: uid, QEMUGID: gid, Guests: guests, Convert: cfg.Convert, Logger: log, Now: time.Now,
 	})
 	if err != nil {

@@ -28,6 +28,7 @@ type Config struct {
 	VMXEnv     []string // more environment for vmx processes; may be empty
 	QEMUUID    int      // of the user that libvirt runs QEMU as; 0: root
 	QEMUGID    int
+	DirectIO   bool // disks are read and written round the page cache
 	Guests     Guests
 	Convert    Conversions
 	Logger     *slog.Logger

@@ -56,6 +56,7 @@ func beVMX(args []string) error {
 	f.StringVar(&cfg.RunDir, "run-dir", "", "")
 	f.IntVar(&cfg.UID, "qemu-uid", 0, "")
 	f.IntVar(&cfg.GID, "qemu-gid", 0, "")
+	f.BoolVar(&cfg.Direct, "direct-io", false, "")
 	if err := f.Parse(args); err != nil {
 		return err
 	}

@@ -94,6 +94,20 @@ func TestUnsafeStorage(t *testing.T) {
 	if err := a.storageFor(t.Context(), "ds1", d.Path, []*hostapi.NewDisk{{CapacityBytes: 1 << 62}}); err == nil || !strings.Contains(err.Error(), "smaller") {
 		t.Errorf("a disk that cannot be: %v", err)
 	}
+	report, err := a.storageOf(t.Context(), d)
+	if err != nil {
+		t.Fatal(err)
+	}
+	a.cfg.DirectIO = true
+	for offset, want := range map[int64]bool{0: false, 512: true, 4096: false} {
+		was := report.Direct
+		report.Direct.Offset = offset
+		if err := a.storageFor(t.Context(), "ds1", d.Path, nil); (err == nil) != want || err != nil && !strings.Contains(err.Error(), "direct_io") {
+			t.Errorf("direct I/O in blocks of %d: %v", offset, err)
+		}
+		report.Direct = was
+	}
+	a.cfg.DirectIO = false
 	thick := func(sizes ...int64) (disks []*hostapi.NewDisk) {
 		for _, n := range sizes {
 			disks = append(disks, &hostapi.NewDisk{Uuid: uuid.NewString(), CapacityBytes: n, Thick: true})

@@ -3,6 +3,7 @@ package host
 import (
 	"bytes"
 	"errors"
+	"fmt"
 	"io"
 	"os"
 	"os/exec"
@@ -183,6 +184,23 @@ func TestVMXKilled(t *testing.T) {
 	if _, err := os.Stat(l.agent.vmDir(v.id)); !errors.Is(err, os.ErrNotExist) {
 		t.Errorf("the run folder is left: %v", err)
 	}
+}
+
+// TestDirectIO: what the host is told reaches its vmx processes.
+func TestDirectIO(t *testing.T) {
+	l := newLab(t)
+	l.stopAgent()
+	l.cfg.DirectIO = true
+	l.startAgent()
+	if err := l.agent.storageFor(t.Context(), "ds1", "", nil); err != nil {
+		t.Skipf("the folder for tests cannot: %v", err)
+	}
+	v := l.createVM("web1", "bios")
+	v.powerOn()
+	if args, err := os.ReadFile(fmt.Sprintf("/proc/%d/cmdline", v.vmx().pid)); err != nil || !strings.Contains(string(args), "--direct-io") {
+		t.Errorf("its arguments: %q, %v", args, err)
+	}
+	v.powerOff()
 }
 
 // TestAgentRestarts: the next agent adopts what runs, keys included; when both

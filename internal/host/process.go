@@ -9,6 +9,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"slices"
 	"strconv"
 	"syscall"
 	"time"
@@ -55,7 +56,11 @@ func (a *Agent) startProcess(ctx context.Context, runDir, vmxPath string) (*proc
 		return nil, fmt.Errorf("opening the VM's log: %w", err)
 	}
 	defer log.Close()
-	cmd := exec.Command(a.cfg.Executable, append(append([]string(nil), a.cfg.VMXArgs...), "--run-dir", runDir, "--vmx", vmxPath, "--qemu-uid", strconv.Itoa(a.cfg.QEMUUID), "--qemu-gid", strconv.Itoa(a.cfg.QEMUGID))...)
+	args := append(slices.Clone(a.cfg.VMXArgs), "--run-dir", runDir, "--vmx", vmxPath, "--qemu-uid", strconv.Itoa(a.cfg.QEMUUID), "--qemu-gid", strconv.Itoa(a.cfg.QEMUGID))
+	if a.cfg.DirectIO {
+		args = append(args, "--direct-io")
+	}
+	cmd := exec.Command(a.cfg.Executable, args...)
 	cmd.Stdout, cmd.Stderr = log, log
 	cmd.SysProcAttr = &syscall.SysProcAttr{Setsid: true}
 	cmd.Env = []string{"PATH=/usr/sbin:/usr/bin:/sbin:/bin", "LANG=C.UTF-8"}

@@ -58,6 +58,9 @@ func (a *Agent) storageFor(ctx context.Context, name, folder string, disks []*ho
 	case report.Err() != nil:
 		return hostapi.Faultf(hostapi.Fault_NOT_SUPPORTED, "datastore %s: %w", name, report.Err())
 	}
+	if o := report.Direct.Offset; a.cfg.DirectIO && (o == 0 || o > vdisk.SectorSize) {
+		return hostapi.Faultf(hostapi.Fault_NOT_SUPPORTED, "datastore %s (%s) has no direct I/O with sectors of %d bytes, and host %s is told to use it: take direct_io out of the host's configuration, or choose another datastore", name, report.Type, vdisk.SectorSize, a.cfg.Name)
+	}
 	for _, disk := range disks {
 		if disk.CapacityBytes > report.MaxFile {
 			return hostapi.Faultf(hostapi.Fault_NOT_SUPPORTED, "a disk of %d bytes: files of datastore %s (%s) have at most %d: make it smaller, or choose a datastore on XFS", disk.CapacityBytes, name, report.Type, report.MaxFile)
