@@ -26,7 +26,7 @@ const (
 
 // A subject is a disk that is converted to and fro under ever new keys.
 type subject struct {
-	*vdisk.Disk
+	*vdisk.Chain
 	extent string
 	keks   keysafe.KEKSet
 	keys   int
@@ -75,7 +75,7 @@ func newSubject(ctx context.Context, dir string) (*subject, error) {
 		return nil, err
 	}
 	var err error
-	s.Disk, err = vdisk.Open(ctx, path, vdisk.Options{VM: vm, KEKs: s.keks})
+	s.Chain, err = vdisk.OpenChain(ctx, path, vdisk.Options{VM: vm, KEKs: s.keks})
 	return s, err
 }
 
@@ -147,7 +147,7 @@ func (s *subject) cold(ctx context.Context, dir string) error {
 func (s *subject) live(ctx context.Context, dir string) error {
 	ctx, stop := context.WithCancel(ctx)
 	srv := nbd.New(nbd.Options{})
-	if _, err := srv.Add("", diskDevice{s.Disk}, false); err != nil {
+	if _, err := srv.Add("", diskDevice{s.Chain}, false); err != nil {
 		stop()
 		return err
 	}

@@ -36,7 +36,7 @@ const (
 )
 
 // nbdServe in the environment makes this program the server to be measured:
-// "memory", "plain" or "encrypted", in the folder nbdDir names.
+// "memory", "plain", "encrypted" or "chain", in the folder nbdDir names.
 const (
 	nbdServe = "BENCH_NBD_SERVE"
 	nbdDir   = "BENCH_NBD_DIR"
@@ -46,7 +46,8 @@ type nbdServer struct {
 	name string
 	cmd  *exec.Cmd
 	uri  string
-	file string // holds the data, if any does
+	file string // pattern of the files that hold the data, if any do
+	full bool   // it has filled its disk itself
 }
 
 type nbdLoad struct {
@@ -59,10 +60,11 @@ type nbdLoad struct {
 }
 
 func nbdLoads() []nbdLoad {
-	load := func(name, rw, bs string, depth int, unit string, scale float64) nbdLoad {
+	load := func(name, rw, bs string, depth int, unit string, scale float64, more ...string) nbdLoad {
 		return nbdLoad{name: name, unit: unit, scale: scale, sequential: bs == "1m", write: strings.HasSuffix(rw, "write"),
-			fio: []string{"--rw=" + rw, "--bs=" + bs, "--iodepth=" + strconv.Itoa(depth)}}
+			fio: append([]string{"--rw=" + rw, "--bs=" + bs, "--iodepth=" + strconv.Itoa(depth)}, more...)}
 	}
+	four := []string{"--numjobs=4", "--group_reporting"} // a connection each
 	return []nbdLoad{
 		load("read-1m", "read", "1m", 8, "MiB/s", 1<<20),
 		load("write-1m", "write", "1m", 8, "MiB/s", 1<<20),
@@ -70,6 +72,10 @@ func nbdLoads() []nbdLoad {
 		load("randwrite-4k", "randwrite", "4k", 32, "/s", 4096),
 		load("randread-4k-depth1", "randread", "4k", 1, "/s", 4096),
 		load("randwrite-4k-depth1", "randwrite", "4k", 1, "/s", 4096),
+		load("read-1m-conns4", "read", "1m", 8, "MiB/s", 1<<20, four...),
+		load("write-1m-conns4", "write", "1m", 8, "MiB/s", 1<<20, four...),
+		load("randread-4k-conns4", "randread", "4k", 32, "/s", 4096, four...),
+		load("randwrite-4k-conns4", "randwrite", "4k", 32, "/s", 4096, four...),
 		{name: "nbdcopy", unit: "MiB/s", scale: 1 << 20, sequential: true},
 	}
 }
@@ -106,11 +112,20 @@ func benchNBD(ctx context.Context) error {
 		return err
 	}
 	for _, s := range servers {
-		if err := quietly(ctx, "nbdcopy", "--connections=1", "--flush", noise, s.uri); err != nil {
-			return fmt.Errorf("filling the disk of %s: %w", s.name, err)
+		if !s.full {
+			if err := quietly(ctx, "nbdcopy", "--connections=1", "--flush", noise, s.uri); err != nil {
+				return fmt.Errorf("filling the disk of %s: %w", s.name, err)
+			}
 		}
-		if s.file != "" {
-			if err := recache(s.file); err != nil {
+		if s.file == "" {
+			continue
+		}
+		files, err := filepath.Glob(s.file)
+		if err != nil || len(files) == 0 {
+			return fmt.Errorf("the files of %s: %w", s.name, errors.Join(err, os.ErrNotExist))
+		}
+		for _, f := range files {
+			if err := recache(f); err != nil {
 				return err
 			}
 		}
@@ -151,14 +166,18 @@ func (l nbdLoad) print(rate, cpu map[string]float64) {
 		target             float64
 	}{
 		{"enc", "encrypted", "plain", 0.95},
+		{"chain", "chain", "encrypted", 0.9},
 		{"enc", "encrypted", "qemu-nbd-luks", luks},
 		{"enc", "encrypted", "nbdkit-luks", 1.5},
 		{"plain", "plain", "qemu-nbd", 1.2},
 		{"memory", "memory", "nbdkit-memory", 1},
 	} {
 		peer := f.peer
-		if peer == "plain" {
+		switch peer {
+		case "plain":
 			peer = "ours-plain"
+		case "encrypted":
+			peer = "one-link"
 		}
 		name := "nbd/" + l.name + "-" + f.suffix
 		figure{name: name, ours: rate[f.ours], peer: rate[f.peer], unit: l.unit, peerName: peer, target: f.target}.print()
@@ -300,6 +319,7 @@ func startNBD(ctx context.Context, dir string) (servers []*nbdServer, err error)
 	}{
 		{"encrypted", filepath.Join(dir, "encrypted-flat.vmdk"), []string{self, "nbd"}},
 		{"plain", filepath.Join(dir, "plain-flat.vmdk"), []string{self, "nbd"}},
+		{"chain", filepath.Join(dir, "chain*-[fd]*.vmdk"), []string{self, "nbd"}},
 		{"memory", "", []string{self, "nbd"}},
 		{"qemu-nbd", raw, []string{"qemu-nbd", "-t", "-f", "raw", "-k", "", raw}},
 		{"qemu-nbd-luks", luks, []string{"qemu-nbd", "-t", "--object", object, "-k", "", "--image-opts", "driver=luks,key-secret=s,file.filename=" + luks}},
@@ -318,7 +338,7 @@ func startNBD(ctx context.Context, dir string) (servers []*nbdServer, err error)
 		if err := cmd.Start(); err != nil {
 			return servers, err
 		}
-		servers = append(servers, &nbdServer{name: s.name, cmd: cmd, uri: "nbd+unix:///?socket=" + socket, file: s.file})
+		servers = append(servers, &nbdServer{name: s.name, cmd: cmd, uri: "nbd+unix:///?socket=" + socket, file: s.file, full: s.name == "chain"})
 		if err := waitFor(ctx, socket); err != nil {
 			return servers, fmt.Errorf("%s does not start: %w", s.name, err)
 		}
@@ -328,7 +348,7 @@ func startNBD(ctx context.Context, dir string) (servers []*nbdServer, err error)
 
 func waitFor(ctx context.Context, socket string) error {
 	var err error
-	for range 200 {
+	for range 1200 { // a chain is filled before it is served
 		var c net.Conn
 		if c, err = net.Dial("unix", socket); err == nil {
 			return c.Close()
@@ -346,11 +366,16 @@ func waitFor(ctx context.Context, socket string) error {
 func serveNBD(ctx context.Context, kind, dir string) error {
 	var dev nbd.Device = memoryDisk(make([]byte, nbdSize))
 	if kind != "memory" {
-		disk, err := createDisk(ctx, filepath.Join(dir, kind+".vmdk"), kind == "encrypted")
+		disk, err := createDisk(ctx, filepath.Join(dir, kind+".vmdk"), kind != "plain")
 		if err != nil {
 			return err
 		}
 		defer disk.Close()
+		if kind == "chain" {
+			if err := lengthen(ctx, disk); err != nil {
+				return err
+			}
+		}
 		dev = diskDevice{disk}
 	}
 	s := nbd.New(nbd.Options{})
@@ -367,8 +392,34 @@ func serveNBD(ctx context.Context, kind, dir string) error {
 	return nil
 }
 
-func createDisk(ctx context.Context, path string, encrypted bool) (*vdisk.Disk, error) {
-	spec, opt := vdisk.Spec{Size: nbdSize}, vdisk.Options{}
+// chainLinks is how long a chain is measured, and chainPiece how much of the disk in
+// one place a link has: every request of 1 MiB finds sixteen links.
+const (
+	chainLinks = 32
+	chainPiece = 64 << 10
+)
+
+// lengthen fills a disk, every link with its share.
+func lengthen(ctx context.Context, disk *vdisk.Chain) error {
+	piece := make([]byte, chainPiece)
+	for link := range int64(chainLinks) {
+		if link > 0 {
+			if _, err := disk.Snapshot(ctx, vdisk.LinkSpec{}); err != nil {
+				return err
+			}
+		}
+		for off := link * chainPiece; off < nbdSize; off += chainLinks * chainPiece {
+			rand.Read(piece)
+			if err := disk.WriteAt(piece, off); err != nil {
+				return err
+			}
+		}
+	}
+	return disk.Flush(ctx)
+}
+
+func createDisk(ctx context.Context, path string, encrypted bool) (*vdisk.Chain, error) {
+	spec, opt := vdisk.Spec{Size: nbdSize}, vdisk.Options{Live: filepath.Join(filepath.Dir(path), "live")}
 	if encrypted {
 		kek, err := secret.Random(nil, 32)
 		if err != nil {
@@ -382,14 +433,14 @@ func createDisk(ctx context.Context, path string, encrypted bool) (*vdisk.Disk, 
 	if err := vdisk.Create(ctx, path, spec); err != nil {
 		return nil, err
 	}
-	return vdisk.Open(ctx, path, opt)
+	return vdisk.OpenChain(ctx, path, opt)
 }
 
 // diskDevice is a disk as the server knows devices.
-type diskDevice struct{ *vdisk.Disk }
+type diskDevice struct{ *vdisk.Chain }
 
 func (d diskDevice) BlockStatus(off, n int64, emit func(int64, nbd.Status) bool) error {
-	return d.Disk.BlockStatus(off, n, func(n int64, s vdisk.Status) bool { return emit(n, nbd.Status(s)) })
+	return d.Chain.BlockStatus(off, n, func(n int64, s vdisk.Status) bool { return emit(n, nbd.Status(s)) })
 }
 
 // memoryDisk shows what the server does without a disk below it.
