@@ -85,8 +85,8 @@ const (
 	maxDisks     = 256
 )
 
-// ErrFull: the VM has as many snapshots as there can be.
-var ErrFull = fmt.Errorf("a VM has at most %d snapshots", MaxSnapshots)
+// ErrFull: the VM has as many snapshots as there can be, or as its VMSD can hold.
+var ErrFull = fmt.Errorf("no more snapshots: a VM has at most %d, and fewer if it has many disks", MaxSnapshots)
 
 // Load reads the tree at path. A VM without the file has no snapshots. Errors are
 // *vmxfile.Error or those of the file system.
@@ -228,13 +228,20 @@ func (r *reader) snapshot(at string) Snapshot {
 	return s
 }
 
-// Save replaces the file at path durably and in one step.
+// Save replaces the file at path durably and in one step. What is too much for one
+// file is not saved (ErrFull).
 func (t *Tree) Save(path string) error {
 	f, err := t.file()
+	if err == nil {
+		err = f.Save(path)
+	}
+	if errors.Is(err, vmxfile.ErrTooLarge) {
+		err = fmt.Errorf("%w: %w", ErrFull, err)
+	}
 	if err != nil {
 		return fmt.Errorf("writing %s: %w", path, err)
 	}
-	return f.Save(path)
+	return nil
 }
 
 func (t *Tree) file() (f *vmxfile.File, err error) {

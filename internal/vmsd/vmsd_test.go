@@ -118,6 +118,43 @@ func TestBad(t *testing.T) {
 	}
 }
 
+// A tree that is too much for a file is refused, and the file stays.
+func TestFull(t *testing.T) {
+	path := filepath.Join(t.TempDir(), "vm.vmsd")
+	tree := &Tree{}
+	s := Snapshot{Name: "n"}
+	for i := range 20 {
+		s.Disks = append(s.Disks, Disk{fmt.Sprintf("scsi0:%d", i), fmt.Sprintf("vm_%d.vmdk", i)})
+	}
+	for n := 0; ; n++ {
+		if _, err := tree.Add(s); err != nil {
+			t.Fatalf("after %d: %v", n, err)
+		}
+		if n%100 != 0 {
+			continue
+		}
+		err := tree.Save(path)
+		if errors.Is(err, ErrFull) {
+			break
+		}
+		if err != nil {
+			t.Fatal(err)
+		}
+	}
+	if got, err := Load(path); err != nil || len(got.Snapshots) == 0 {
+		t.Errorf("%v, %v", got, err)
+	}
+	tree = &Tree{}
+	for {
+		if _, err := tree.Add(Snapshot{Name: "n"}); errors.Is(err, ErrFull) {
+			break
+		}
+	}
+	if err := tree.Save(path); err != nil {
+		t.Errorf("%d snapshots: %v", len(tree.Snapshots), err)
+	}
+}
+
 func TestRemove(t *testing.T) {
 	names := func(tree *Tree) (s string) {
 		for _, n := range tree.Snapshots {

@@ -128,7 +128,9 @@ func (v *vm) makeSnapshot(ctx context.Context, t *vmsd.Tree, r *hostapi.Snapshot
 		return hostapi.Faultf(hostapi.Fault_INVALID, "%w: delete some", err)
 	}
 	t.Making = uid
-	if err := v.saveTree(t); err != nil {
+	if err := v.saveTree(t); errors.Is(err, vmsd.ErrFull) {
+		return hostapi.Faultf(hostapi.Fault_INVALID, "%w: delete some", err)
+	} else if err != nil {
 		return err
 	}
 	v.at("snapshot.begin")
