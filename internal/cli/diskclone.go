@@ -46,10 +46,7 @@ func parseBases(values []string) (bases []vdisk.Base, err error) {
 // the folder beside it that its descriptors name.
 func besideIt(path string) []vdisk.Base {
 	dir := filepath.Dir(filepath.Clean(path))
-	links, err := vdisk.DescribeFolder(dir)
-	if err != nil {
-		return nil
-	}
+	links, _ := vdisk.DescribeFolder(dir) // what cannot be read is told where it matters
 	var bases []vdisk.Base
 	for _, l := range links {
 		if strings.Contains(l.Parent, "/") {
@@ -87,6 +84,9 @@ JSON: as mortise disk info.`,
 				return err
 			}
 			base, clone := args[0], args[1]
+			if err := noVMs(base); err != nil {
+				return err
+			}
 			spec := vdisk.CloneSpec{VM: uuid.New()}
 			if vm != "" {
 				var err error

@@ -13,6 +13,8 @@ import (
 	"github.com/spf13/cobra"
 
 	"mortise/internal/vdisk"
+	"mortise/internal/vmdk"
+	"mortise/internal/vmxfile"
 )
 
 // A folder's links of disks say by themselves what stands on what. There is no VMX that
@@ -31,6 +33,34 @@ func diskLinks(path string) (map[string]vdisk.Info, error) {
 		}
 	}
 	return links, nil
+}
+
+// noVMs refuses a disk whose links a VMX in its folder names: that would go on naming the
+// old top, and the VM could not be opened any more.
+func noVMs(path string) error {
+	dir := filepath.Dir(path)
+	files, err := filepath.Glob(filepath.Join(escapeGlob(dir), "*.vmx"))
+	if err != nil || len(files) == 0 {
+		return err
+	}
+	disk := func(file string) string { // that a link belongs to, by its name
+		if base, _, ok := vmdk.ParseLinkName(file); ok {
+			return base
+		}
+		return file
+	}
+	for _, name := range files {
+		f, err := vmxfile.Load(name)
+		if err != nil {
+			return fmt.Errorf("whether %s names this disk: %w", name, err)
+		}
+		for key, value := range f.All() {
+			if strings.HasSuffix(strings.ToLower(key), ".filename") && disk(value) == disk(filepath.Base(path)) {
+				return fmt.Errorf("%s names this disk, and would not know of the change: make snapshots of the VM instead (mortise vm snapshot), or take the disk out of that file if it is no VM's any more", name)
+			}
+		}
+	}
+	return nil
 }
 
 func escapeGlob(s string) string {
@@ -112,6 +142,9 @@ JSON: {"snapshot": the frozen link, "top": the new one}.`,
 		Args:    needs("DISK.vmdk"),
 		RunE: func(cmd *cobra.Command, args []string) error {
 			s := g.streams(cmd)
+			if err := noVMs(args[0]); err != nil {
+				return err
+			}
 			top, err := topOf(args[0])
 			if err != nil {
 				return err
@@ -238,6 +271,9 @@ JSON: {"snapshot", "top", "deleted"}.`,
 		RunE: func(cmd *cobra.Command, args []string) error {
 			s := g.streams(cmd)
 			at, ctx := args[0], cmd.Context()
+			if err := noVMs(at); err != nil {
+				return err
+			}
 			old := ""
 			if discard {
 				var err error
@@ -303,6 +339,9 @@ JSON: {"deleted", "top"}.`,
 		RunE: func(cmd *cobra.Command, args []string) error {
 			s := g.streams(cmd)
 			at := filepath.Clean(args[0])
+			if err := noVMs(at); err != nil {
+				return err
+			}
 			top, err := topOf(at)
 			if err != nil {
 				return err

@@ -4,6 +4,7 @@ import (
 	"bytes"
 	"context"
 	"errors"
+	"fmt"
 	"io/fs"
 	"math/rand/v2"
 	"os"
@@ -604,5 +605,74 @@ func TestFrozen(t *testing.T) {
 	compare(t, c, model)
 	if i := c.Links()[0]; i.Epoch != 2 || i.Sealed == "" || len(i.Keys) != 1 || i.Keys[0] != kekB {
 		t.Errorf("the base: %+v", i)
+	}
+}
+
+// When it is not known whether the new link is recorded as the disk's top, it stays,
+// and nothing is written to the disk any more: either may be the disk after a crash.
+func TestUndecidedSnapshot(t *testing.T) {
+	w := newWorld(t)
+	path := diskPath(t)
+	create(t, path, w.spec(1<<20, kekA))
+	o := w.chainOptions(t)
+	c := openChain(t, path, o)
+	model := make([]byte, 1<<20)
+	scribble(t, c, model, rand.New(rand.NewPCG(5, 6)), 30)
+	var link string
+	_, err := c.Snapshot(t.Context(), LinkSpec{Commit: func(path string) error {
+		link = path
+		return fmt.Errorf("syncing a folder: %w", ErrUndecided)
+	}})
+	if !errors.Is(err, ErrUndecided) || c.Failed() == nil {
+		t.Fatalf("%v; failed: %v", err, c.Failed())
+	}
+	if err := c.WriteAt(make([]byte, 512), 0); err == nil {
+		t.Error("it can be written")
+	}
+	c.Close()
+	c = openChain(t, link, o)
+	defer c.Close()
+	compare(t, c, model)
+}
+
+// A branch whose descriptor cannot be read is not passed over (R3): what is done to
+// every link fails, and says which is the one.
+func TestUnreadableBranch(t *testing.T) {
+	w := newWorld(t)
+	path := diskPath(t)
+	create(t, path, w.spec(1<<20, kekA))
+	o := w.chainOptions(t)
+	c := openChain(t, path, o)
+	old, err := c.Snapshot(t.Context(), LinkSpec{})
+	if err != nil {
+		t.Fatal(err)
+	}
+	c.Close()
+	top, err := Revert(t.Context(), path, o, LinkSpec{})
+	if err != nil {
+		t.Fatal(err)
+	}
+	good := readFile(t, old)
+	if err := os.WriteFile(old, []byte("damaged"), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	c = openChain(t, top, o)
+	defer c.Close()
+	_, ferr := DescribeFolder(filepath.Dir(path))
+	for name, err := range map[string]error{
+		"shallow": c.ShallowRecrypt(t.Context(), kekB), "deep": c.Convert(t.Context(), Target{Kind: Recrypting, Key: kekB, Epoch: 2}, nil), "describe": ferr,
+	} {
+		if !errors.Is(err, ErrParent) || !strings.Contains(err.Error(), filepath.Base(old)) {
+			t.Errorf("%s: %v", name, err)
+		}
+	}
+	if err := os.WriteFile(old, good, 0o600); err != nil {
+		t.Fatal(err)
+	}
+	if err := c.Convert(t.Context(), Target{Kind: Recrypting, Key: kekB, Epoch: 2}, nil); err != nil {
+		t.Fatal(err)
+	}
+	if i, err := Describe(old); err != nil || i.Keys[0] != kekB || i.Epoch != 2 {
+		t.Errorf("%+v, %v", i, err)
 	}
 }

@@ -18,7 +18,7 @@ type MergeSpec struct {
 
 	// Commit records durably, in the VMX, that the link of this path is now the disk's
 	// top: of a merge of the top into its parent. Requests wait meanwhile. It may be
-	// called again after a crash.
+	// called again after a crash. For errors see LinkSpec.Commit.
 	Commit func(top string) error
 
 	// Report, which may be nil, tells how far it is, in bytes of data.
@@ -363,7 +363,9 @@ func (m *merge) endDown() error {
 			if err = c.flush(); err != nil || m.spec.Commit == nil {
 				return
 			}
-			err = m.spec.Commit(m.parent.path)
+			if err = m.spec.Commit(m.parent.path); errors.Is(err, ErrUndecided) {
+				err = m.link.ext.fail(err)
+			}
 			m.link.at("merge.committed")
 		})
 		if err == nil {

@@ -34,6 +34,10 @@ type Info struct {
 	TargetKeys []keysafe.KeyID // of the conversion; nil when decrypting
 }
 
+// Cloned says whether linked clones stand on the link, which is never changed or
+// deleted then.
+func (i Info) Cloned() bool { return i.Sealed == sealedForClones }
+
 // Describe reads a disk's files. It needs no key and takes no lock: what it
 // says may be changing.
 func Describe(path string) (Info, error) { return describeIn(osFS{}, path) }

@@ -59,6 +59,10 @@ type Options struct {
 	// linked clone's (rule E12). A descriptor that leads anywhere else is refused.
 	Bases []Base
 
+	// Step, if not nil, is called at every step that changes what is on storage: tests
+	// end the process there.
+	Step func(name string)
+
 	Log    *slog.Logger // nil: none
 	Random io.Reader    // of keys and nonces; nil: crypto/rand
 
@@ -76,6 +80,9 @@ func (o Options) withDefaults() Options {
 	}
 	if o.zone == 0 {
 		o.zone = zoneSize
+	}
+	if o.at == nil {
+		o.at = o.Step
 	}
 	if o.Live == "" {
 		o.Live = defaultLive

@@ -27,6 +27,7 @@ var (
 	ErrConverting   = errors.New("a conversion is unfinished")
 	ErrFailed       = errors.New("storage failed")
 	ErrReadOnly     = errors.New("disk is open for reading only")
+	ErrUndecided    = errors.New("it is not known what is recorded")
 	ErrClosed       = errors.New("disk is closed")
 )
 

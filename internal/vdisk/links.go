@@ -276,11 +276,27 @@ func (c *Chain) branches() ([]string, error) {
 		if filepath.Ext(n) != ".vmdk" || vmdk.IsExtentName(n) || slices.ContainsFunc(c.links, func(d *Disk) bool { return d.path == path }) {
 			continue
 		}
-		if _, desc, err := loadDescriptor(c.opts.fs, path); err == nil && id != uuid.Nil && desc.UUID() == id {
+		_, desc, err := loadDescriptor(c.opts.fs, path)
+		if err != nil {
+			if err := unreadable(c.opts.fs, path, err); err != nil {
+				return nil, err
+			}
+			continue
+		}
+		if id != uuid.Nil && desc.UUID() == id && desc.IsDelta() { // a base is in the chain; another one is a copy
 			all = append(all, path)
 		}
 	}
 	return all, nil
+}
+
+// unreadable says that a descriptor that cannot be read is perhaps a branch's; nil if
+// it has no delta.
+func unreadable(fsys fsys, path string, err error) error {
+	if _, serr := fsys.Stat(vmdk.DeltaName(path)); serr != nil {
+		return nil
+	}
+	return &Error{Kind: ErrParent, File: path, Why: "it may be a link of the same disk, of another branch, and cannot be read", Cause: err, Fix: `repair it ("mortise crypto-util disk repair") or restore it from a backup`}
 }
 
 // A sumReport adds the progress of links up.
@@ -375,8 +391,9 @@ func DescribeChain(path string, bases []Base) (Info, []Info, error) {
 	return Info{}, nil, &Error{Kind: ErrParent, File: path, Why: fmt.Sprintf("the chain is a circle, or longer than %d links", maxLinks), Fix: "restore the descriptors from a backup; " + untouched}
 }
 
-// DescribeFolder describes every link in a folder whose descriptor can be read, of
-// whatever disk and branch, in the order of their names.
+// DescribeFolder describes every link in a folder, of whatever disk and branch, in the
+// order of their names. When a snapshot link's descriptor cannot be read, it returns
+// the others with an error that names it.
 func DescribeFolder(dir string) ([]Info, error) { return describeFolder(osFS{}, dir) }
 
 func describeFolder(fsys fsys, dir string) ([]Info, error) {
@@ -386,15 +403,19 @@ func describeFolder(fsys fsys, dir string) ([]Info, error) {
 	}
 	slices.Sort(names)
 	var all []Info
+	var bad []error
 	for _, n := range names {
 		if filepath.Ext(n) != ".vmdk" || vmdk.IsExtentName(n) {
 			continue
 		}
-		if i, err := describeIn(fsys, filepath.Join(dir, n)); err == nil {
+		path := filepath.Join(dir, n)
+		if i, err := describeIn(fsys, path); err == nil {
 			all = append(all, i)
+		} else if err := unreadable(fsys, path, err); err != nil {
+			bad = append(bad, err)
 		}
 	}
-	return all, nil
+	return all, errors.Join(bad...)
 }
 
 // overall describes a chain.

@@ -29,7 +29,8 @@ type LinkSpec struct {
 
 	// Commit records durably, in the VMX, that the link of this path is the disk's
 	// top; nil: it needs no record. Of a live disk, requests wait meanwhile. After an
-	// error everything is as before: then it must not have recorded anything.
+	// error everything is as before: then it must not have recorded anything, or must
+	// say that it does not know (ErrUndecided).
 	Commit func(path string) error
 }
 
@@ -70,8 +71,12 @@ func (c *Chain) Snapshot(ctx context.Context, s LinkSpec) (path string, err erro
 	}
 	parent.at("snapshot.made")
 	err = c.Flush(ctx) // most of it before requests have to wait
+	recorded := false
 	if err == nil {
-		c.change(func() { err = c.putOn(d, s.Commit) })
+		c.change(func() { recorded, err = c.putOn(d, s.Commit) })
+	}
+	if err != nil && recorded { // somebody knows the link by its name
+		return "", errors.Join(err, d.Close())
 	}
 	if err != nil {
 		return "", errors.Join(err, d.Close(), deleteIn(context.WithoutCancel(ctx), c.opts.fs, path))
@@ -88,23 +93,29 @@ func (c *Chain) linkOptions() Options {
 	return o
 }
 
-// putOn makes d the top. The caller holds gate exclusively.
-func (c *Chain) putOn(d *Disk, commit func(string) error) error {
+// putOn makes d the top, and tells whether that is recorded, or may be. The caller
+// holds gate exclusively.
+func (c *Chain) putOn(d *Disk, commit func(string) error) (recorded bool, err error) {
 	if err := c.flush(); err != nil {
-		return err
+		return false, err
 	}
 	parent := c.top()
 	parent.at("snapshot.quiet")
 	if commit != nil {
-		if err := commit(d.path); err != nil {
-			return fmt.Errorf("recording the snapshot link %s: %w", d.path, err)
+		err := commit(d.path)
+		if errors.Is(err, ErrUndecided) {
+			return true, parent.ext.fail(err)
 		}
+		if err != nil {
+			return false, fmt.Errorf("recording the snapshot link %s: %w", d.path, err)
+		}
+		recorded = true
 	}
 	parent.at("snapshot.committed")
 	if err := d.promote(); err != nil {
 		// The record names a link that cannot be written: going on with the parent
 		// would lose what is written from now on.
-		return parent.ext.fail(err)
+		return recorded, parent.ext.fail(err)
 	}
 	if c.index == nil {
 		c.index = newIndex(d.size)
@@ -122,7 +133,7 @@ func (c *Chain) putOn(d *Disk, commit func(string) error) error {
 		}
 	}
 	parent.at("snapshot.switched")
-	return nil
+	return recorded, nil
 }
 
 // birth says under which KEK a link is born that stands on d, none if in clear, and
@@ -286,8 +297,17 @@ func openToStandOn(ctx context.Context, path string, o Options) (*Chain, *Disk, 
 		return nil, nil, err
 	}
 	d := c.top()
-	if child := d.desc.Receiving(); child != "" {
-		return nil, nil, errors.Join(&Error{Kind: ErrConverting, File: path, Why: fmt.Sprintf("%s is being merged into it: it no longer has what the snapshot froze", child), Fix: "finish the consolidation"}, c.Close())
+	if name := d.desc.Receiving(); name != "" {
+		// One that is gone, or has nothing left, has been merged.
+		kids, err := children(d.opts.fs, path, false)
+		if err != nil {
+			return nil, nil, errors.Join(err, c.Close())
+		}
+		for _, k := range kids {
+			if filepath.Base(k.Name()) == name && !d.empty(k, false) {
+				return nil, nil, errors.Join(&Error{Kind: ErrConverting, File: path, Why: fmt.Sprintf("%s is being merged into it: it no longer has what the snapshot froze", name), Fix: "finish the consolidation"}, c.Close())
+			}
+		}
 	}
 	return c, d, nil
 }

@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"os"
 	"path/filepath"
 	"slices"
 
@@ -45,14 +46,26 @@ func (v *vm) workOff(ctx context.Context, t *vmsd.Tree, file string, disks map[u
 	}
 	path := filepath.Join(dir, file)
 	var kids []vdisk.Info
+	var id uuid.UUID
 	for _, l := range links {
 		if l.Parent == file {
 			kids = append(kids, l)
 		}
+		if l.Path == path {
+			id = l.UUID
+		}
+	}
+	stays := func(why error) (bool, error) {
+		v.log.Warn("a link that no snapshot needs stays", "link", path, "reason", why)
+		return false, nil
 	}
 	switch {
 	case len(kids) == 0:
-		if err := vdisk.Delete(ctx, path); err != nil && !errors.Is(err, vdisk.ErrMissing) {
+		err := vdisk.Delete(ctx, path)
+		if errors.Is(err, vdisk.ErrSealed) {
+			return stays(err)
+		}
+		if err != nil && !errors.Is(err, vdisk.ErrMissing) {
 			return false, err
 		}
 		v.at("consolidate.deleted")
@@ -61,6 +74,8 @@ func (v *vm) workOff(ctx context.Context, t *vmsd.Tree, file string, disks map[u
 		return true, v.saveTree(t)
 	case len(kids) > 1 || !merge:
 		return false, nil
+	case kids[0].UUID != id:
+		return stays(fmt.Errorf("%s, another disk, stands on it", kids[0].Path))
 	}
 	t.Merge = vmsd.Merge{Link: filepath.Base(kids[0].Path), Parent: file}
 	if err := v.saveTree(t); err != nil {
@@ -70,16 +85,12 @@ func (v *vm) workOff(ctx context.Context, t *vmsd.Tree, file string, disks map[u
 	err = v.merge(ctx, kids[0], links, disks, func(done, total int64) {
 		tell(fmt.Sprintf("merging %s", t.Merge.Link), vdisk.Progress{Done: done, Total: total})
 	})
-	v.settleMerge(t)
-	if serr := v.saveTree(t); serr != nil {
-		return false, errors.Join(err, serr)
-	}
+	serr := v.settleInto(t)
 	v.at("consolidate.done")
-	if errors.Is(err, vdisk.ErrSealed) {
-		v.log.Warn("a link that no snapshot needs stays", "link", path, "reason", err)
-		return false, nil
+	if errors.Is(err, vdisk.ErrSealed) && serr == nil {
+		return stays(err)
 	}
-	return err == nil, err
+	return err == nil && serr == nil, errors.Join(err, serr)
 }
 
 // merge makes one link of link and its parent: in the chain of a disk, which a guest
@@ -118,7 +129,7 @@ func (v *vm) merge(ctx context.Context, link vdisk.Info, links []vdisk.Info, dis
 // replaceDisk makes another link a disk of the VM, if the first one is. It may have
 // been done.
 func (v *vm) replaceDisk(file, by string) error {
-	return v.edit(func(f *vmxfile.File, _ *keysafe.Bundle) error {
+	err := v.edit(func(f *vmxfile.File, _ *keysafe.Bundle) error {
 		slots, err := diskSlots(f)
 		if err != nil {
 			return err
@@ -130,25 +141,66 @@ func (v *vm) replaceDisk(file, by string) error {
 		}
 		return nil
 	})
+	return v.undecided(err, func(s slot) bool { return s.file == by })
 }
 
-// settleMerge notes what a merge has come to: one of its links is gone, or it is not
-// at its end.
-func (v *vm) settleMerge(t *vmsd.Tree) bool {
+// settleInto notes in t, durably, what the merge that it has noted has come to.
+func (v *vm) settleInto(t *vmsd.Tree) error {
+	f, err := loadVMX(v.path)
+	if err != nil {
+		return err
+	}
+	slots, err := diskSlots(f)
+	if err != nil {
+		return faultOf(err)
+	}
+	_, err = v.settleMerge(t, func(file string) bool {
+		return slices.ContainsFunc(slots, func(s slot) bool { return s.file == file })
+	})
+	if err != nil {
+		return err
+	}
+	return v.saveTree(t)
+}
+
+// settleMerge notes what a merge has come to. It is decided when one of its links is
+// gone, or when something stands on the parent, or is a disk of the VM, in the place
+// of the link: then the parent has what the link had. Otherwise it is to be gone on
+// with.
+func (v *vm) settleMerge(t *vmsd.Tree, top func(file string) bool) (changed bool, err error) {
 	m := t.Merge
 	if m == (vmsd.Merge{}) {
-		return false
+		return false, nil
+	}
+	dir := filepath.Dir(v.path)
+	there := map[string]bool{}
+	for _, file := range []string{m.Link, m.Parent} {
+		_, err := os.Lstat(filepath.Join(dir, file))
+		if err != nil && !errors.Is(err, os.ErrNotExist) {
+			return false, err // it may be there
+		}
+		there[file] = err == nil
+	}
+	links, err := vdisk.DescribeFolder(dir)
+	if err != nil {
+		return false, faultOf(err)
+	}
+	repointed := top(m.Parent) || slices.ContainsFunc(links, func(l vdisk.Info) bool {
+		return l.Parent == m.Parent && filepath.Base(l.Path) != m.Link
+	})
+	drop := func(file string) {
+		t.Released = slices.DeleteFunc(t.Released, func(f string) bool { return f == file })
+	}
+	switch {
+	case there[m.Parent] && (repointed || !there[m.Link]):
+		drop(m.Parent)
+		t.Replace(m.Link, m.Parent)
+		if there[m.Link] {
+			t.Release(m.Link)
+		}
+	case !there[m.Parent]:
+		drop(m.Parent) // the link has both
 	}
 	t.Merge = vmsd.Merge{}
-	there := func(file string) bool { return exists(filepath.Join(filepath.Dir(v.path), file)) }
-	switch link, parent := there(m.Link), there(m.Parent); {
-	case link && parent: // to be gone on with: the parent is still released
-	case !link && !parent: // somebody has deleted the disk
-	default:
-		t.Released = slices.DeleteFunc(t.Released, func(f string) bool { return f == m.Parent })
-		if parent {
-			t.Replace(m.Link, m.Parent) // it has what the link had
-		}
-	}
-	return true
+	return true, nil
 }

@@ -86,11 +86,13 @@ func InspectDisk(path string) *hostapi.DiskInfo {
 	}
 	d.Uuid, d.CapacityBytes, d.AllocatedBytes = info.UUID.String(), info.Size, info.Allocated
 	d.Encrypted, d.Epoch, d.Cipher, d.Thick = info.Encrypted, info.Epoch, info.Cipher, info.Thick
-	if links, err := diskLinks(path); err == nil {
-		for _, l := range links {
-			if l.Encrypted && l.Epoch < d.Epoch {
-				d.Epoch = l.Epoch
-			}
+	links, err := diskLinks(path)
+	if err != nil {
+		d.Problem = err.Error()
+	}
+	for _, l := range links {
+		if l.Encrypted && l.Epoch < d.Epoch {
+			d.Epoch = l.Epoch
 		}
 	}
 	d.KeyId = lastKey(info.Keys)
@@ -128,10 +130,7 @@ func RequiredKeys(path string) (safes [][]keysafe.KeyID, err error) {
 		if err != nil {
 			return nil, err
 		}
-		links, err := diskLinks(p)
-		if err != nil {
-			continue // opening it says what is wrong
-		}
+		links, _ := diskLinks(p) // opening it says what is wrong
 		for _, l := range links {
 			add(l.Keys)
 			add(l.TargetKeys)
@@ -141,19 +140,17 @@ func RequiredKeys(path string) (safes [][]keysafe.KeyID, err error) {
 }
 
 // diskLinks describes every link of the disk whose top is at path, those of other
-// branches too.
+// branches too. With an error it returns those that can be read.
 func diskLinks(path string) ([]vdisk.Info, error) {
 	top, chain, err := vdisk.DescribeChain(path, nil)
 	if err != nil {
 		return nil, err
 	}
 	all, err := vdisk.DescribeFolder(filepath.Dir(path))
-	if err != nil {
-		return nil, err
-	}
 	return append(chain, slices.DeleteFunc(all, func(i vdisk.Info) bool {
-		return i.UUID != top.UUID || i.UUID == uuid.Nil || slices.ContainsFunc(chain, func(l vdisk.Info) bool { return l.Path == i.Path })
-	})...), nil
+		// A base is in the chain: another one with its UUID is a copy.
+		return i.UUID != top.UUID || i.UUID == uuid.Nil || i.Parent == "" || slices.ContainsFunc(chain, func(l vdisk.Info) bool { return l.Path == i.Path })
+	})...), err
 }
 
 // Unreadable says whether something in the folder could not be read, so that
@@ -228,6 +225,9 @@ func deleteDisk(path string) error {
 			return err
 		}
 	}
+	if i := slices.IndexFunc(links, vdisk.Info.Cloned); i >= 0 {
+		return hostapi.Faultf(hostapi.Fault_IN_USE, "linked clones stand on %s: delete them first, and then the files of this disk by hand", links[i].Path)
+	}
 	for len(links) > 0 {
 		leaf := slices.IndexFunc(links, func(l vdisk.Info) bool {
 			return !slices.ContainsFunc(links, func(o vdisk.Info) bool { return o.Parent == filepath.Base(l.Path) })
@@ -247,7 +247,7 @@ func deleteDisk(path string) error {
 // disk.
 func namesakes(path string) ([]vdisk.Info, error) {
 	all, err := vdisk.DescribeFolder(filepath.Dir(path))
-	if err != nil {
+	if all == nil && err != nil {
 		return nil, err
 	}
 	base := path

@@ -30,12 +30,8 @@ const (
 	newPlain     = ".new-plain"
 )
 
-// settle finishes, or undoes, a change of the VM's files or of its snapshots that was
-// interrupted.
+// settle finishes, or undoes, a change of the VM's files that was interrupted.
 func (v *vm) settle() error {
-	if _, err := v.settledTree(); err != nil {
-		return err
-	}
 	return faultOf(vmxfile.Update(v.path, func(f *vmxfile.File) error {
 		b, err := v.open(f)
 		if err != nil {

@@ -439,7 +439,7 @@ func (v *vm) dropDisk(ctx context.Context, id string, remove bool) error {
 func (v *vm) removeDiskFiles(id string) error {
 	all, err := vdisk.DescribeFolder(filepath.Dir(v.path))
 	if err != nil {
-		return err
+		return faultOf(err)
 	}
 	for _, i := range all {
 		if i.UUID.String() == id {

@@ -29,13 +29,19 @@ type opened struct {
 	serve *service // nil without a guest
 }
 
-// openAll opens every disk of the VM, after what an interrupted change has left is
-// settled. The extents' locks are held from here on.
+// openAll opens every disk of the VM, and settles what an interrupted change has left.
+// The extents' locks are held from here on.
 func (v *vm) openAll(ctx context.Context) (o *opened, err error) {
 	if err := v.settle(); err != nil {
 		return nil, err
 	}
-	return v.openDisks(ctx)
+	if o, err = v.openDisks(ctx); err != nil {
+		return nil, err
+	}
+	if _, err := v.settledTree(); err != nil {
+		return nil, errors.Join(err, o.closeDisks())
+	}
+	return o, nil
 }
 
 func (v *vm) openDisks(ctx context.Context) (o *opened, err error) {

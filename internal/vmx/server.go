@@ -26,7 +26,8 @@ type Config struct {
 	Direct bool // disks are read and written round the page cache (vdisk.Options)
 	Logger *slog.Logger
 
-	at func(step string) // tests: called at every step of a change that is on disk; nil: not
+	at       func(step string) // tests: called at every step of a change that is on disk; nil: not
+	diskStep func(step string) // tests: the same of each disk's own steps
 }
 
 const (
@@ -49,7 +50,7 @@ func Run(ctx context.Context, cfg Config) error {
 	}
 	closing, interrupt := context.WithCancel(ctx)
 	defer interrupt()
-	s := &server{cfg: cfg, log: cfg.Logger, stop: stop, closing: closing, interrupt: interrupt, vm: &vm{log: cfg.Logger, path: cfg.VMX, live: filepath.Join(cfg.RunDir, liveDir), direct: cfg.Direct, at: cfg.at}}
+	s := &server{cfg: cfg, log: cfg.Logger, stop: stop, closing: closing, interrupt: interrupt, vm: &vm{log: cfg.Logger, path: cfg.VMX, live: filepath.Join(cfg.RunDir, liveDir), direct: cfg.Direct, at: cfg.at, diskStep: cfg.diskStep}}
 	g := grpc.NewServer(grpc.MaxRecvMsgSize(4 << 20))
 	hostapi.RegisterVMXServer(g, s)
 	done := make(chan error, 1)

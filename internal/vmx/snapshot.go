@@ -34,29 +34,34 @@ func vmsdPath(vmx string) string {
 // changeSnapshots does what r asks for. A guest uses the disks through live; they are
 // closed if it is nil.
 func (v *vm) changeSnapshots(ctx context.Context, r *hostapi.SnapshotRequest, running bool, live map[uuid.UUID]*vdisk.Chain, tell report) error {
+	if r.Act == hostapi.SnapshotRequest_REVERT {
+		if live != nil {
+			return hostapi.Faultf(hostapi.Fault_WRONG_POWER_STATE, "VM %s goes back to a snapshot while it is powered off", v.id)
+		}
+		return v.revert(ctx, int(r.Id))
+	}
+	return v.withDisks(ctx, live, func(disks map[uuid.UUID]*vdisk.Chain) error {
+		return v.changeTree(ctx, r, running, disks, tell)
+	})
+}
+
+func (v *vm) changeTree(ctx context.Context, r *hostapi.SnapshotRequest, running bool, disks map[uuid.UUID]*vdisk.Chain, tell report) error {
 	t, err := v.settledTree()
 	if err != nil {
 		return err
 	}
 	id := int(r.Id)
-	if t.Find(id) == nil && (r.Act == hostapi.SnapshotRequest_REVERT || r.Act == hostapi.SnapshotRequest_RENAME) {
-		return hostapi.Faultf(hostapi.Fault_NOT_FOUND, "VM %s has no snapshot %d", v.id, id)
-	}
 	switch r.Act {
 	case hostapi.SnapshotRequest_CREATE:
-		return v.withDisks(ctx, live, func(disks map[uuid.UUID]*vdisk.Chain) error {
-			return v.makeSnapshot(ctx, t, r, running, disks)
-		})
-	case hostapi.SnapshotRequest_REVERT:
-		if live != nil {
-			return hostapi.Faultf(hostapi.Fault_WRONG_POWER_STATE, "VM %s goes back to a snapshot while it is powered off", v.id)
-		}
-		return v.revert(ctx, t, id)
+		return v.makeSnapshot(ctx, t, r, running, disks)
 	case hostapi.SnapshotRequest_RENAME:
+		s := t.Find(id)
+		if s == nil {
+			return v.noSnapshot(id)
+		}
 		if err := checkName(r.Name); err != nil {
 			return err
 		}
-		s := t.Find(id)
 		s.Name, s.Description = r.Name, r.Description
 		return v.saveTree(t)
 	case hostapi.SnapshotRequest_REMOVE:
@@ -73,9 +78,11 @@ func (v *vm) changeSnapshots(ctx context.Context, r *hostapi.SnapshotRequest, ru
 		return err
 	}
 	v.at("snapshot.removed")
-	return v.withDisks(ctx, live, func(disks map[uuid.UUID]*vdisk.Chain) error {
-		return v.consolidate(ctx, t, disks, true, tell)
-	})
+	return v.consolidate(ctx, t, disks, true, tell)
+}
+
+func (v *vm) noSnapshot(id int) error {
+	return hostapi.Faultf(hostapi.Fault_NOT_FOUND, "VM %s has no snapshot %d", v.id, id)
 }
 
 // withDisks does something with the VM's disks, which it opens if nobody has.
@@ -168,12 +175,13 @@ func (v *vm) freeze(ctx context.Context, all []member, disks map[uuid.UUID]*vdis
 			failed = errors.Join(failed, err)
 			return nil
 		}
-		return err
+		return err // of ErrUndecided no disk's link is taken away, and every disk has failed
 	}
 	return errors.Join(next(0), failed)
 }
 
-// setDisks makes links the disks of the VM, by place, in one save.
+// setDisks makes links the disks of the VM, by place, in one save. After
+// vdisk.ErrUndecided the VMX names them, and may not after a power cut.
 func (v *vm) setDisks(tops map[string]string) error {
 	v.at("snapshot.commit")
 	err := v.edit(func(f *vmxfile.File, _ *keysafe.Bundle) error {
@@ -185,6 +193,24 @@ func (v *vm) setDisks(tops map[string]string) error {
 		return nil
 	})
 	v.at("snapshot.committed")
+	return v.undecided(err, func(s slot) bool { return tops[s.controller] == s.file })
+}
+
+// undecided looks, after an edit of the VMX that failed, whether it is there all the
+// same: its file was put in place, and that was not made durable. as tells of a disk
+// that it is as the edit makes it.
+func (v *vm) undecided(err error, as func(slot) bool) error {
+	if err == nil {
+		return nil
+	}
+	f, lerr := vmxfile.Load(v.path)
+	if lerr != nil {
+		return fmt.Errorf("%w: %w", vdisk.ErrUndecided, errors.Join(err, lerr))
+	}
+	slots, lerr := diskSlots(f)
+	if lerr != nil || slices.ContainsFunc(slots, as) {
+		return fmt.Errorf("%w: %w", vdisk.ErrUndecided, errors.Join(err, lerr))
+	}
 	return err
 }
 
@@ -204,12 +230,27 @@ func (v *vm) disks() ([]member, error) {
 
 // revert makes new links on what a snapshot froze, and these the VM's disks. What
 // was written since the last snapshot is deleted.
-func (v *vm) revert(ctx context.Context, t *vmsd.Tree, id int) error {
-	all, err := v.disks()
+func (v *vm) revert(ctx context.Context, id int) error {
+	// Nobody, on whatever host, has the VM's disks.
+	o, err := v.openAll(ctx)
+	if err != nil {
+		return fmt.Errorf("going back needs the disks as they are now: %w", err)
+	}
+	if err := o.closeDisks(); err != nil {
+		return err
+	}
+	t, err := v.settledTree()
 	if err != nil {
 		return err
 	}
 	s := t.Find(id)
+	if s == nil {
+		return v.noSnapshot(id)
+	}
+	all, err := v.disks()
+	if err != nil {
+		return err
+	}
 	frozen := map[string]string{}
 	for _, d := range s.Disks {
 		frozen[d.Node] = d.File
@@ -233,14 +274,6 @@ func (v *vm) revert(ctx context.Context, t *vmsd.Tree, id int) error {
 	}
 	v.at("revert.begin")
 	err = func() error {
-		// Nobody, on whatever host, has the VM's disks.
-		o, err := v.openDisks(ctx)
-		if err != nil {
-			return err
-		}
-		if err := o.closeDisks(); err != nil {
-			return err
-		}
 		dir := filepath.Dir(v.path)
 		for _, m := range all {
 			if _, err := vdisk.Revert(ctx, filepath.Join(dir, frozen[m.controller]), v.diskOptions(m), vdisk.LinkSpec{Path: filepath.Join(dir, tops[m.controller])}); err != nil {
@@ -284,7 +317,8 @@ func (v *vm) sameDisks(all []member, s *vmsd.Snapshot) error {
 }
 
 // settledTree reads the VM's snapshots, and finishes or takes back what was begun
-// with them when a process ended: the VMX says which.
+// with them when a process ended: the VMX says which. It is for who has had the disks'
+// locks: a process that dies has them until it is dead.
 func (v *vm) settledTree() (*vmsd.Tree, error) {
 	path := vmsdPath(v.path)
 	t, err := vmsd.Load(path)
@@ -304,7 +338,11 @@ func (v *vm) settledTree() (*vmsd.Tree, error) {
 	}
 	changed := settleMaking(t, top)
 	changed = settleReverting(t, top) || changed
-	changed = v.settleMerge(t) || changed
+	merged, err := v.settleMerge(t, top)
+	if err != nil {
+		return nil, err
+	}
+	changed = merged || changed
 	n := len(t.Released)
 	t.Released = slices.DeleteFunc(t.Released, func(file string) bool { return top(file) || t.Needs(file) })
 	if !changed && n == len(t.Released) {
@@ -358,8 +396,15 @@ func inspectSnapshots(path string, slots []slot, info *hostapi.VMInfo) error {
 		})
 	}
 	info.CurrentSnapshot = int32(t.Current)
+	if len(t.Released) == 0 {
+		return nil
+	}
+	links, err := vdisk.DescribeFolder(filepath.Dir(path))
 	info.ConsolidationNeeded = slices.ContainsFunc(t.Released, func(file string) bool {
-		return !t.Needs(file) && !slices.ContainsFunc(slots, func(s slot) bool { return s.file == file })
+		stays := slices.ContainsFunc(links, func(l vdisk.Info) bool {
+			return l.Cloned() && (filepath.Base(l.Path) == file || l.Parent == file)
+		})
+		return !stays && !t.Needs(file) && !slices.ContainsFunc(slots, func(s slot) bool { return s.file == file })
 	})
-	return nil
+	return err
 }

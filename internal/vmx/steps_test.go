@@ -7,6 +7,7 @@ import (
 	"path/filepath"
 	"slices"
 	"strings"
+	"sync"
 	"syscall"
 	"testing"
 
@@ -18,7 +19,10 @@ import (
 // killAt names, in the environment of a vmx, the step at which it kills itself:
 // "home.form:2" is the second time that it gets there. The names of all steps that
 // it passes are in the file steps of its run folder.
-const killAt = "MORTISE_TEST_KILL_AT"
+const (
+	killAt      = "MORTISE_TEST_KILL_AT"
+	alsoInDisks = "MORTISE_TEST_IN_DISKS" // the steps of vdisk too, as disk/…
+)
 
 // steps is the hook of a vmx that dies by the order of its environment.
 func steps(runDir string) func(string) {
@@ -26,8 +30,11 @@ func steps(runDir string) func(string) {
 	if order == "" {
 		return nil
 	}
+	var mu sync.Mutex // a disk's steps come from several goroutines
 	seen := map[string]int{}
 	return func(step string) {
+		mu.Lock()
+		defer mu.Unlock()
 		seen[step]++
 		at := fmt.Sprintf("%s:%d", step, seen[step])
 		if at == order {

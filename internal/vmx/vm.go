@@ -22,14 +22,15 @@ import (
 
 // A vm is one VM's folder and the KEKs that open it.
 type vm struct {
-	log    *slog.Logger
-	random io.Reader // nil: crypto/rand
-	path   string    // of the VMX
-	live   string    // folder of its disks' live bitmaps, which outlives the process
-	direct bool      // its disks are opened with direct I/O
-	at     func(step string)
-	id     uuid.UUID // written once, by whoever opens or creates the VM
-	pacing pacing
+	log      *slog.Logger
+	random   io.Reader // nil: crypto/rand
+	path     string    // of the VMX
+	live     string    // folder of its disks' live bitmaps, which outlives the process
+	direct   bool      // its disks are opened with direct I/O
+	at       func(step string)
+	diskStep func(step string) // vdisk's; nil: not
+	id       uuid.UUID         // written once, by whoever opens or creates the VM
+	pacing   pacing
 
 	mu     sync.Mutex // protects what follows: the files' mount asks from its own goroutines
 	keks   keysafe.KEKSet
@@ -249,7 +250,7 @@ func (v *vm) openDisk(ctx context.Context, m member, readOnly bool) (*vdisk.Chai
 }
 
 func (v *vm) diskOptions(m member) vdisk.Options {
-	return vdisk.Options{VM: v.id, UUID: m.id, KEKs: v, Expect: m.want, Live: v.live, Direct: v.direct, Log: v.log, Random: v.random}
+	return vdisk.Options{VM: v.id, UUID: m.id, KEKs: v, Expect: m.want, Live: v.live, Step: v.diskStep, Direct: v.direct, Log: v.log, Random: v.random}
 }
 
 func allocated(path string) int64 {

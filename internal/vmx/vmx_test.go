@@ -39,6 +39,9 @@ const (
 func TestMain(m *testing.M) {
 	if os.Getenv(actAsVMX) != "" {
 		cfg := Config{VMX: os.Args[1], RunDir: os.Args[2], Logger: slog.New(slog.NewTextHandler(os.Stderr, nil)), at: steps(os.Args[2]), Direct: os.Getenv(withDirect) != ""}
+		if at := cfg.at; os.Getenv(alsoInDisks) != "" {
+			cfg.diskStep = func(step string) { at("disk/" + step) }
+		}
 		if err := errors.Join(secret.LockDown(), Run(context.Background(), cfg)); err != nil {
 			fmt.Fprintln(os.Stderr, err)
 			os.Exit(1)
@@ -56,6 +59,8 @@ type lab struct {
 	disk uuid.UUID
 	keks map[string][]byte
 	kill string // the step at which its processes kill themselves; see killAt
+
+	inDisks bool // the disks' own steps count as well
 }
 
 const diskSize = 24 << 20
@@ -117,6 +122,9 @@ func (l *lab) startIn(run string) *proc {
 	p.cmd.Env = append(os.Environ(), actAsVMX+"=1", "GORACE=atexit_sleep_ms=0")
 	if l.kill != "" {
 		p.cmd.Env = append(p.cmd.Env, killAt+"="+l.kill)
+		if l.inDisks {
+			p.cmd.Env = append(p.cmd.Env, alsoInDisks+"=1")
+		}
 	}
 	p.cmd.Stderr = p.log
 	if err := p.cmd.Start(); err != nil {
