@@ -10,6 +10,7 @@ import (
 
 // TestDemo runs what `make demo` runs: the README's first promise.
 func TestDemo(t *testing.T) {
+	t.Parallel()
 	root, err := filepath.Abs("../..")
 	if err != nil {
 		t.Fatal(err)

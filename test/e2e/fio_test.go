@@ -27,6 +27,7 @@ const fioLoop = `cd /tmp; n=0; while [ ! -e /run/stop ]; do ` +
 // the host agent are killed in the middle (R2–R4). No byte is another one afterwards,
 // and the file system is clean.
 func TestGuestVerifiesItsDisk(t *testing.T) {
+	t.Parallel()
 	const size = 208 << 20
 	img, err := guest.Build(t.Context())
 	if err != nil {

@@ -18,6 +18,7 @@ import (
 // encrypted file, seen by QEMU through the FUSE view of its vmx (E1). A variable
 // that the guest sets is there after a power cycle and nowhere in clear.
 func TestFirmwareVariablesAreEncrypted(t *testing.T) {
+	t.Parallel()
 	img, err := guest.Build(t.Context())
 	if err != nil {
 		t.Fatal(err)

@@ -244,6 +244,7 @@ func (h *testHost) vmxPID(vm string) int {
 // boots from an encrypted disk, and neither the death of its vmx, nor of the
 // agent, nor of both stops it (design §4 Failure).
 func TestHostRunsEncryptedGuest(t *testing.T) {
+	t.Parallel()
 	img, err := guest.Build(t.Context())
 	if err != nil {
 		t.Fatal(err)

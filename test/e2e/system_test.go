@@ -298,6 +298,7 @@ func (m *machine) keyServer() *kmipc.Client {
 // TestSystem drives a whole Mortise through its main job and the faults that the
 // main job must survive, as its administrator would see them.
 func TestSystem(t *testing.T) {
+	t.Parallel()
 	m := startMachine(t, 19443)
 	raw, want := m.image(256)
 
@@ -452,7 +453,7 @@ func (m *machine) killVMX() {
 	entries, _ := filepath.Glob("/proc/[0-9]*/cmdline")
 	for _, e := range entries {
 		text, err := os.ReadFile(e)
-		if err == nil && bytes.HasPrefix(text, []byte(m.bin+"\x00vmx\x00")) {
+		if err == nil && bytes.HasPrefix(text, []byte(m.bin+"\x00vmx\x00")) && bytes.Contains(text, []byte(m.state)) {
 			if pid, err := strconv.Atoi(strings.Split(e, "/")[2]); err == nil {
 				_ = syscall.Kill(pid, syscall.SIGKILL)
 			}
