@@ -89,6 +89,9 @@ type crashCase struct {
 // opens its state again, and expects each task to come to the end that it would
 // have come to: with the same keys, and nothing made twice.
 func TestCrashes(t *testing.T) {
+	if testing.Short() {
+		t.Skip("see build/test.sh")
+	}
 	crypto := func(k center.CryptoKind) func(*crashes, inventory.Ref) (inventory.Ref, error) {
 		return func(w *crashes, vm inventory.Ref) (inventory.Ref, error) {
 			return w.c.ReconfigureVM(w.ctx, w.p, vm, center.ReconfigureSpec{Crypto: center.CryptoSpec{Kind: k}})

@@ -154,6 +154,9 @@ func TestCancelTwice(t *testing.T) {
 // TestUndoCrashes stops center before and after every durable step of a cancelled
 // task: the next one takes back what is left to take back.
 func TestUndoCrashes(t *testing.T) {
+	if testing.Short() {
+		t.Skip("see build/test.sh")
+	}
 	t.Parallel()
 	w := newCrashes(t)
 	for at, total := -1, 0; at < total; at++ {
