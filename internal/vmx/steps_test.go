@@ -52,6 +52,9 @@ func steps(runDir string) func(string) {
 // files and disk, repeats the request as center does, and checks that nothing is
 // lost, nothing is in clear, and nothing is left behind (R3, R4).
 func TestKilledAtEveryStep(t *testing.T) {
+	if testing.Short() {
+		t.Skip("see build/test.sh")
+	}
 	variables := map[string]string{"web1.nvram": strings.Repeat("FIRMWARE-VARIABLE ", 300), "web1.vmss": "SUSPEND-STATE"}
 	data := content()
 	fresh := func(t *testing.T) *lab {
