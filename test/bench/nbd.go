@@ -425,7 +425,7 @@ func createDisk(ctx context.Context, path string, encrypted bool) (*vdisk.Chain,
 		if err != nil {
 			return nil, err
 		}
-		defer kek.Wipe()
+		// Not wiped: snapshots wrap their keys under it, too.
 		id := keysafe.KeyID{Provider: "bench", Key: "1"}
 		spec.VM, spec.Key, spec.KEKs = uuid.New(), id, keysafe.KEKSet{id: kek}
 		opt.VM, opt.KEKs, opt.Expect.Encrypted = spec.VM, spec.KEKs, true
