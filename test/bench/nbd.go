@@ -321,8 +321,8 @@ func startNBD(ctx context.Context, dir string) (servers []*nbdServer, err error)
 		{"plain", filepath.Join(dir, "plain-flat.vmdk"), []string{self, "nbd"}},
 		{"chain", filepath.Join(dir, "chain*-[fd]*.vmdk"), []string{self, "nbd"}},
 		{"memory", "", []string{self, "nbd"}},
-		{"qemu-nbd", raw, []string{"qemu-nbd", "-t", "-f", "raw", "-k", "", raw}},
-		{"qemu-nbd-luks", luks, []string{"qemu-nbd", "-t", "--object", object, "-k", "", "--image-opts", "driver=luks,key-secret=s,file.filename=" + luks}},
+		{"qemu-nbd", raw, []string{"qemu-nbd", "-t", "-e", "8", "-f", "raw", "-k", "", raw}},
+		{"qemu-nbd-luks", luks, []string{"qemu-nbd", "-t", "-e", "8", "--object", object, "-k", "", "--image-opts", "driver=luks,key-secret=s,file.filename=" + luks}},
 		{"nbdkit-luks", kitLUKS, []string{"nbdkit", "-f", "-U", "", "--filter=luks", "file", kitLUKS, "passphrase=+" + pass}},
 		{"nbdkit-memory", "", []string{"nbdkit", "-f", "-U", "", "memory", strconv.Itoa(nbdSize)}},
 	} {
