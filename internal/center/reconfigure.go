@@ -276,6 +276,13 @@ func (c *Center) callReconfigure(ctx context.Context, run *task.Run, vm *invento
 	if err != nil {
 		return nil, err
 	}
+	return follow(ctx, run, stream)
+}
+
+// follow reports what a host tells of a change, until its result.
+func follow(ctx context.Context, run *task.Run, stream interface {
+	Recv() (*hostapi.Progress, error)
+}) (*hostapi.VMInfo, error) {
 	for {
 		m, err := stream.Recv()
 		if errors.Is(err, io.EOF) {

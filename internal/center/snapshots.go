@@ -5,7 +5,6 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"io"
 	"slices"
 	"strings"
 	"time"
@@ -354,20 +353,7 @@ func (c *Center) callSnapshots(ctx context.Context, run *task.Run, vm *inventory
 	if err != nil {
 		return nil, err
 	}
-	for {
-		m, err := stream.Recv()
-		if errors.Is(err, io.EOF) {
-			return nil, hostapi.Faultf(hostapi.Fault_BUSY, "the host ended without a result")
-		}
-		if err != nil {
-			return nil, err
-		}
-		if m.GetResult() != nil {
-			return m.Result, nil
-		}
-		run.Report(ctx, task.Progress{Stage: m.GetStage(), Done: m.GetDoneBytes(), Total: m.GetTotalBytes(),
-			Rate: m.GetBytesPerSecond(), Left: int64(m.GetLeftSeconds())})
-	}
+	return follow(ctx, run, stream)
 }
 
 // wire is the act as hosts know it.
