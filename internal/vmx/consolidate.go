@@ -85,6 +85,9 @@ func (v *vm) workOff(ctx context.Context, t *vmsd.Tree, file string, disks map[u
 	err = v.merge(ctx, kids[0], links, disks, func(done, total int64) {
 		tell(fmt.Sprintf("merging %s", t.Merge.Link), vdisk.Progress{Done: done, Total: total})
 	})
+	if errors.Is(err, vdisk.ErrUndecided) {
+		return false, err // who opens the VM next sees
+	}
 	serr := v.settleInto(t)
 	v.at("consolidate.done")
 	if errors.Is(err, vdisk.ErrSealed) && serr == nil {
@@ -112,7 +115,7 @@ func (v *vm) merge(ctx context.Context, link vdisk.Info, links []vdisk.Info, dis
 	}
 	top := link.Path
 	for range links {
-		i := slices.IndexFunc(links, func(l vdisk.Info) bool { return l.Parent == filepath.Base(top) })
+		i := slices.IndexFunc(links, func(l vdisk.Info) bool { return l.Parent == filepath.Base(top) && l.UUID == link.UUID })
 		if i < 0 {
 			break
 		}
@@ -146,18 +149,11 @@ func (v *vm) replaceDisk(file, by string) error {
 
 // settleInto notes in t, durably, what the merge that it has noted has come to.
 func (v *vm) settleInto(t *vmsd.Tree) error {
-	f, err := loadVMX(v.path)
+	top, err := v.tops()
 	if err != nil {
 		return err
 	}
-	slots, err := diskSlots(f)
-	if err != nil {
-		return faultOf(err)
-	}
-	_, err = v.settleMerge(t, func(file string) bool {
-		return slices.ContainsFunc(slots, func(s slot) bool { return s.file == file })
-	})
-	if err != nil {
+	if _, err := v.settleMerge(t, top); err != nil {
 		return err
 	}
 	return v.saveTree(t)

@@ -1,7 +1,7 @@
 // Package vmx is the per-VM process: it opens one VM's key safes with the KEKs
 // that the host agent hands it, holds that VM's DEKs, serves its disks over NBD
 // on unix sockets and its other files through a private FUSE mount, creates and
-// converts them. It sees one VM's folder and its run folder, and no network.
+// converts them, makes snapshots of them and merges these away. It sees one VM's folder and its run folder, and no network.
 //
 // The order in which a VM's files change keeps two promises at every instant.
 // The VMX bundle never asks less than what is true of a disk: before an

@@ -198,18 +198,9 @@ func (s *server) Status(context.Context, *hostapi.StatusRequest) (*hostapi.VMXSt
 func (s *server) Reconfigure(r *hostapi.VMXReconfigureRequest, stream hostapi.VMX_ReconfigureServer) error {
 	s.op.Lock()
 	defer s.op.Unlock()
-	if err := s.vm.takeKeys(r.Keys); err != nil {
+	live, err := s.beginChange(r.Keys, r.Change.GetRef())
+	if err != nil {
 		return err
-	}
-	if err := s.vm.identify(r.Change.GetRef()); err != nil {
-		return err
-	}
-	if err := s.confine(); err != nil {
-		return err
-	}
-	var live map[uuid.UUID]*vdisk.Chain
-	if s.open != nil {
-		live = s.open.disks
 	}
 	tell := progressTo(stream)
 	change := s.vm.reconfigure
@@ -232,22 +223,31 @@ func (s *server) Reconfigure(r *hostapi.VMXReconfigureRequest, stream hostapi.VM
 	return stream.Send(&hostapi.Progress{Stage: "done", Result: info})
 }
 
+// beginChange is how every change of a VM that exists begins. live are its disks if
+// they are open.
+func (s *server) beginChange(keys []*hostapi.KEK, ref *hostapi.VMRef) (live map[uuid.UUID]*vdisk.Chain, err error) {
+	if err := s.vm.takeKeys(keys); err != nil {
+		return nil, err
+	}
+	if err := s.vm.identify(ref); err != nil {
+		return nil, err
+	}
+	if err := s.confine(); err != nil {
+		return nil, err
+	}
+	if s.open != nil {
+		live = s.open.disks
+	}
+	return live, nil
+}
+
 // ChangeSnapshots implements hostapi.VMXServer.
 func (s *server) ChangeSnapshots(r *hostapi.VMXSnapshotRequest, stream hostapi.VMX_ChangeSnapshotsServer) error {
 	s.op.Lock()
 	defer s.op.Unlock()
-	if err := s.vm.takeKeys(r.Keys); err != nil {
+	live, err := s.beginChange(r.Keys, r.Change.GetRef())
+	if err != nil {
 		return err
-	}
-	if err := s.vm.identify(r.Change.GetRef()); err != nil {
-		return err
-	}
-	if err := s.confine(); err != nil {
-		return err
-	}
-	var live map[uuid.UUID]*vdisk.Chain
-	if s.open != nil {
-		live = s.open.disks
 	}
 	ctx, done := s.whileOpen(stream.Context())
 	defer done()

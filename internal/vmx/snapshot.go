@@ -141,7 +141,9 @@ func (v *vm) makeSnapshot(ctx context.Context, t *vmsd.Tree, r *hostapi.Snapshot
 		return err
 	}
 	v.at("snapshot.begin")
-	if err := v.freeze(ctx, all, disks); err != nil {
+	if err := v.freeze(ctx, all, disks); errors.Is(err, vdisk.ErrUndecided) {
+		return faultOf(err) // who opens the VM next sees
+	} else if err != nil {
 		_, serr := v.settledTree()
 		return errors.Join(faultOf(err), serr)
 	}
@@ -283,6 +285,9 @@ func (v *vm) revert(ctx context.Context, id int) error {
 		}
 		return v.setDisks(tops)
 	}()
+	if errors.Is(err, vdisk.ErrUndecided) {
+		return faultOf(err) // who opens the VM next sees
+	}
 	settled, serr := v.settledTree()
 	if err != nil || serr != nil {
 		return errors.Join(faultOf(err), serr)
@@ -325,16 +330,9 @@ func (v *vm) settledTree() (*vmsd.Tree, error) {
 	if err != nil {
 		return nil, faultOf(err)
 	}
-	f, err := loadVMX(v.path)
+	top, err := v.tops()
 	if err != nil {
 		return nil, err
-	}
-	slots, err := diskSlots(f)
-	if err != nil {
-		return nil, faultOf(err)
-	}
-	top := func(file string) bool {
-		return slices.ContainsFunc(slots, func(s slot) bool { return s.file == file })
 	}
 	changed := settleMaking(t, top)
 	changed = settleReverting(t, top) || changed
@@ -350,6 +348,21 @@ func (v *vm) settledTree() (*vmsd.Tree, error) {
 	}
 	v.at("snapshot.settle")
 	return t, v.saveTree(t)
+}
+
+// tops tells of a link whether the VMX names it: whether it is a disk of the VM.
+func (v *vm) tops() (func(file string) bool, error) {
+	f, err := loadVMX(v.path)
+	if err != nil {
+		return nil, err
+	}
+	slots, err := diskSlots(f)
+	if err != nil {
+		return nil, faultOf(err)
+	}
+	return func(file string) bool {
+		return slices.ContainsFunc(slots, func(s slot) bool { return s.file == file })
+	}, nil
 }
 
 func settleMaking(t *vmsd.Tree, top func(string) bool) bool {
